@@ -1,0 +1,2 @@
+//! The `beringia` binary.
+fn main() {}
