@@ -1,0 +1,23 @@
+//! What is decided in a run, and nothing else: who takes part, who trains on which samples, when a round
+//! closes, what the merged parameters are.
+//!
+//! Two state machines face each other, [`Coordinator`] and [`Member`]. Both take an event and return commands;
+//! the shells around them (`coordinator`, `site`) own the sockets, the clock and the disk. The arithmetic that
+//! every site repeats ([`merge`], [`outer`]) is here too, because it must be the same everywhere.
+//!
+//! Nothing here reads a clock, draws randomness or touches I/O: time is an argument.
+
+pub mod coordinator;
+pub mod ledger;
+pub mod member;
+pub mod merge;
+pub mod outer;
+pub mod plan;
+pub mod shares;
+
+pub use coordinator::{Command, Coordinator, Event, Settings};
+pub use ledger::{Ledger, LedgerTotals, SampleRange};
+pub use member::{Member, MemberCommand, MemberEvent};
+pub use merge::token_weighted_mean;
+pub use outer::{OuterOptimizer, OuterRule};
+pub use plan::{Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan};

@@ -1,0 +1,201 @@
+//! What the coordinator and the sites say to each other, as plain data. `wire` gives it bytes.
+
+use crate::ledger::SampleRange;
+use base::{ContentHash, Round, SiteId, Term};
+use serde::{Deserialize, Serialize};
+
+/// A site as the others see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its id.
+    pub site: SiteId,
+    /// Its name, for people.
+    pub name: String,
+    /// `host:port` where it serves its deltas and state.
+    pub address: String,
+    /// BLAKE3 of its certificate.
+    pub fingerprint: ContentHash,
+}
+
+/// One site's work in a round.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// Who works.
+    pub site: SiteId,
+    /// Samples in each of its inner steps.
+    pub samples_per_step: u64,
+    /// Its inner steps.
+    pub steps: u64,
+    /// `samples_per_step * steps` positions, in training order.
+    pub lease: Vec<SampleRange>,
+    /// Its part of the round's samples.
+    pub share: f64,
+}
+
+/// A round as it begins.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RoundPlan {
+    /// Fencing number of the coordinator that made it.
+    pub term: Term,
+    /// The round that will be committed.
+    pub round: Round,
+    /// Inner steps of the run before this round: the place in the learning-rate schedule.
+    pub first_step: u64,
+    /// Work, ascending by site. A site that is not listed only follows.
+    pub assignments: Vec<Assignment>,
+}
+
+/// What a site has to give for a round.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Contribution {
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// BLAKE3 of the encoded delta.
+    pub delta_hash: ContentHash,
+    /// Its size.
+    pub delta_bytes: u64,
+    /// Mean training loss of the round, nats per token.
+    pub loss_nats: f64,
+    /// Time in inner steps.
+    pub compute_seconds: f64,
+}
+
+/// A contribution that is part of a commit, or may become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contributor {
+    /// Who.
+    pub site: SiteId,
+    /// Its weight in the merge.
+    pub tokens: u64,
+    /// What must be merged.
+    pub delta_hash: ContentHash,
+    /// Its size.
+    pub delta_bytes: u64,
+}
+
+/// The durable fact that a round closed with exactly these contributors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {
+    /// Term in which it closed.
+    pub term: Term,
+    /// The round.
+    pub round: Round,
+    /// Ascending by site id: the order of the merge.
+    pub contributors: Vec<Contributor>,
+    /// The ledger's cursor after the round.
+    pub cursor: u64,
+}
+
+/// From the coordinator to a site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Directive {
+    /// Everybody who takes part now.
+    Peers(Vec<Peer>),
+    /// Take the global state of a committed round from one of these sites.
+    FetchState {
+        /// The commit that made the state; its term, round and cursor are part of the hash.
+        commit: Commit,
+        /// BLAKE3 that the state must have.
+        state_hash: ContentHash,
+        /// Sites that hold it.
+        from: Vec<SiteId>,
+    },
+    /// Start working.
+    Begin(RoundPlan),
+    /// A site's delta can be fetched from it.
+    DeltaReady {
+        /// Term of the plan.
+        term: Term,
+        /// Round of the plan.
+        round: Round,
+        /// What to fetch.
+        contributor: Contributor,
+    },
+    /// Merge these and take the outer step.
+    Commit(Commit),
+    /// The run is over: save and leave.
+    Finish {
+        /// Last committed round.
+        round: Round,
+        /// What every site holds.
+        state_hash: ContentHash,
+    },
+    /// The coordinator goes on without this site.
+    Dropped {
+        /// Why.
+        reason: LeaveReason,
+    },
+}
+
+/// Why a site is no longer part of the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum LeaveReason {
+    /// It said so: the run finished.
+    Finished,
+    /// It said so: asked to stop.
+    Stopped,
+    /// Its connection ended without a word.
+    ConnectionLost,
+    /// It did not finish its inner steps before the deadline.
+    TooSlow,
+    /// It did not fetch the other sites' deltas before the deadline.
+    DeltasMissing,
+    /// Its state differs from the others' after a commit (invariant I1).
+    Diverged,
+    /// It broke the protocol.
+    Misbehaved,
+    /// Its engine failed.
+    EngineFailed,
+}
+
+/// From a site to the coordinator.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Report {
+    /// It holds the state of a committed round and can train.
+    Ready {
+        /// Round of the state.
+        round: Round,
+        /// Its hash.
+        state_hash: ContentHash,
+        /// Measured at join.
+        tokens_per_second: f64,
+    },
+    /// Its inner steps are done and its delta can be fetched.
+    Computed {
+        /// Round of the plan.
+        round: Round,
+        /// What it has.
+        contribution: Contribution,
+    },
+    /// It has fetched and checked a delta.
+    Holds {
+        /// Round of the plan.
+        round: Round,
+        /// Whose.
+        from: SiteId,
+    },
+    /// It has taken the outer step.
+    Applied {
+        /// The committed round.
+        round: Round,
+        /// Hash of its global state (invariant I1).
+        state_hash: ContentHash,
+    },
+    /// It leaves.
+    Leave {
+        /// Why.
+        reason: LeaveReason,
+    },
+}
+
+/// Hash of the global state after a commit (invariant I1): BLAKE3 of the parameters and outer buffers as little-endian
+/// f32, then term, round and cursor as little-endian u64. [`state_trailer`] is the last part.
+pub fn state_trailer(term: Term, round: Round, cursor: u64) -> [u8; 24] {
+    let mut trailer = [0; 24];
+    trailer[..8].copy_from_slice(&term.0.to_le_bytes());
+    trailer[8..16].copy_from_slice(&round.0.to_le_bytes());
+    trailer[16..].copy_from_slice(&cursor.to_le_bytes());
+    trailer
+}
