@@ -1,0 +1,66 @@
+//! The holder's side: answers requests for chunks until the peer leaves.
+//!
+//! One request is handled at a time, so that a connection holds at most one chunk in memory however many it asks for.
+
+use super::protocol::{self, ChunkReply, ChunkRequest};
+use super::{Blob, BlobSource};
+use crate::connection::{Connection, RecvError, SendError};
+use crate::limits::{BLOB_IDLE_SECONDS_MAX, FETCH_STALL_SECONDS_MAX};
+use bytes::Bytes;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// Why serving a peer ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// What the peer sent is no request.
+    #[error(transparent)]
+    Recv(#[from] RecvError),
+    /// The peer is gone, or takes nothing.
+    #[error(transparent)]
+    Send(#[from] SendError),
+}
+
+/// Serves the blobs of `source` to one peer, until it leaves or is idle for [`BLOB_IDLE_SECONDS_MAX`].
+///
+/// # Errors
+/// The peer broke the protocol, or vanished or stalled inside a reply.
+pub async fn serve_blobs(mut connection: Connection, source: Arc<dyn BlobSource>) -> Result<(), ServeError> {
+    let stall = Duration::from_secs(FETCH_STALL_SECONDS_MAX);
+    loop {
+        let request = match connection.recv_timeout(Duration::from_secs(BLOB_IDLE_SECONDS_MAX)).await {
+            Ok(request) => request,
+            Err(RecvError::Closed | RecvError::Lost(_) | RecvError::Timeout(_)) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let (reply, content) = answer(&connection, &*source, &request).await;
+        timeout(stall, send(&mut connection, &reply, content)).await.map_err(|_| SendError::Timeout(stall))??;
+    }
+}
+
+async fn answer(connection: &Connection, source: &dyn BlobSource, request: &ChunkRequest) -> (ChunkReply, Bytes) {
+    let known = request.key.is_valid().then(|| source.open(connection.peer(), &request.key)).flatten();
+    match known {
+        None => (ChunkReply::NotFound, Bytes::new()),
+        Some(blob) => chunk_of(&blob, request.index).await,
+    }
+}
+
+async fn chunk_of(blob: &Blob, index: u64) -> (ChunkReply, Bytes) {
+    let blob_bytes = blob.bytes();
+    if index >= protocol::chunks(blob_bytes) {
+        return (ChunkReply::OutOfRange { blob_bytes }, Bytes::new());
+    }
+    match blob.chunk(index).await {
+        Ok((content, hash)) => (ChunkReply::Chunk { blob_bytes, chunk_bytes: content.len() as u32, hash }, content),
+        Err(_) => (ChunkReply::Unreadable, Bytes::new()),
+    }
+}
+
+async fn send(connection: &mut Connection, reply: &ChunkReply, content: Bytes) -> Result<(), SendError> {
+    let (sender, _) = connection.halves();
+    sender.queue(reply).await?;
+    sender.send_raw(content).await
+}

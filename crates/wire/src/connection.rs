@@ -1,0 +1,527 @@
+//! One authenticated connection: typed messages each way over TLS 1.3.
+//!
+//! Receiving is cancel-safe: what has arrived of a message stays in the receiver, so that `recv` can stand in a
+//! `select!`. A `send` that is dropped half-way leaves the rest of its frame queued; the next `send` or `flush`
+//! continues it, so that the stream of frames never tears.
+
+use crate::frame::{self, FrameDecoder, FrameError};
+use crate::identity::Identity;
+use crate::limits::{
+    CONNECT_SECONDS_MAX, HANDSHAKE_SECONDS_MAX, PROTOCOL_VERSION, SOCKET_READ_BYTES, SOCKET_WRITE_BYTES,
+};
+use crate::preamble::{self, PREAMBLE_BYTES, PreambleError, Purpose};
+use crate::tls::{self, FingerprintMismatch};
+use crate::traffic::{Counted, Traffic};
+use base::{ContentHash, Hint};
+use bytes::{Buf, Bytes, BytesMut};
+use rustls::pki_types::ServerName;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+
+type Socket = BufReader<Counted<TcpStream>>;
+type Stream = TlsStream<Socket>;
+
+/// An authenticated connection; its two directions can be split.
+#[derive(Debug)]
+pub struct Connection {
+    sender: Sender,
+    receiver: Receiver,
+}
+
+/// The sending half of a [`Connection`].
+#[derive(Debug)]
+pub struct Sender {
+    stream: WriteHalf<Stream>,
+    /// What TLS has not taken yet: at most one frame, or one header with its content.
+    pending: BytesMut,
+    peer: Peer,
+}
+
+/// The receiving half of a [`Connection`].
+#[derive(Debug)]
+pub struct Receiver {
+    stream: ReadHalf<Stream>,
+    decoder: FrameDecoder,
+    peer: Peer,
+}
+
+#[derive(Debug, Clone)]
+struct Peer {
+    fingerprint: ContentHash,
+    address: SocketAddr,
+    traffic: Traffic,
+}
+
+/// Why a message was not sent.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// The message is too long for a frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The connection is gone.
+    #[error("connection lost while sending: {0}")]
+    Lost(#[source] io::Error),
+    /// The peer does not take what is sent.
+    #[error("the peer took nothing for {0:?}")]
+    Timeout(Duration),
+}
+
+/// Why no message came.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecvError {
+    /// The peer closed the connection between two messages, as it should.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The connection broke between two messages.
+    #[error("connection lost: {0}")]
+    Lost(#[source] io::Error),
+    /// The connection ended inside a message.
+    #[error("the connection ended inside a frame, after {received} of {expected} bytes")]
+    Truncated {
+        /// Bytes that arrived.
+        received: usize,
+        /// Bytes of the frame, header included.
+        expected: usize,
+    },
+    /// What arrived is no message.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// Nothing came in time.
+    #[error("the peer sent nothing for {0:?}")]
+    Timeout(Duration),
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// No TCP connection.
+    #[error("cannot reach {address}: {source}")]
+    Unreachable {
+        /// Where.
+        address: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Nobody answered in time.
+    #[error("{address} did not answer within {waited:?} ({step})")]
+    Timeout {
+        /// Where.
+        address: String,
+        /// How long we waited.
+        waited: Duration,
+        /// What we waited for.
+        step: &'static str,
+    },
+    /// Somebody else answers there.
+    #[error("{address} is not who it should be: expected fingerprint {expected}, found {found}")]
+    Fingerprint {
+        /// Where.
+        address: String,
+        /// The pinned fingerprint.
+        expected: ContentHash,
+        /// The fingerprint of the certificate shown.
+        found: ContentHash,
+    },
+    /// Another program or version.
+    #[error("{address}: {source}")]
+    Preamble {
+        /// Where.
+        address: String,
+        /// What is different.
+        source: PreambleError,
+    },
+    /// The handshake failed or was refused.
+    #[error("{address}: the TLS handshake failed: {source}")]
+    Handshake {
+        /// Where.
+        address: String,
+        /// What TLS or the system said.
+        source: io::Error,
+    },
+}
+
+impl Hint for ConnectError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Unreachable { address, .. } | Self::Timeout { address, .. } => Some(format!(
+                "see that `beringia serve` or the site runs there and that no firewall is between: `nc -vz {}`",
+                address.rsplit_once(':').map_or(address.clone(), |(host, port)| format!("{host} {port}"))
+            )),
+            Self::Fingerprint { .. } => Some(
+                "its key has changed, or another machine answers: ask for a new invite from `beringia serve`".into(),
+            ),
+            Self::Preamble { source, .. } => source.hint(),
+            Self::Handshake { .. } => Some("look into the log of the other side: it names the reason".into()),
+        }
+    }
+}
+
+/// Connects to `address` (host:port), accepting only the peer with that fingerprint. Bytes count in a child of `traffic`.
+///
+/// # Errors
+/// See [`ConnectError`]; after [`CONNECT_SECONDS_MAX`] + [`HANDSHAKE_SECONDS_MAX`] at the latest.
+pub async fn connect(
+    identity: &Identity,
+    traffic: &Traffic,
+    address: &str,
+    fingerprint: ContentHash,
+    purpose: Purpose,
+) -> Result<Connection, ConnectError> {
+    let late = |step, seconds| ConnectError::Timeout {
+        address: address.to_owned(),
+        waited: Duration::from_secs(seconds),
+        step,
+    };
+    let socket = timeout(Duration::from_secs(CONNECT_SECONDS_MAX), TcpStream::connect(address))
+        .await
+        .map_err(|_| late("TCP connect", CONNECT_SECONDS_MAX))?
+        .map_err(|source| ConnectError::Unreachable { address: address.to_owned(), source })?;
+    let greeting = preamble::encode(PROTOCOL_VERSION, purpose as u8);
+    timeout(Duration::from_secs(HANDSHAKE_SECONDS_MAX), greet(identity, traffic, socket, fingerprint, greeting))
+        .await
+        .map_err(|_| late("handshake", HANDSHAKE_SECONDS_MAX))?
+        .map_err(|problem| problem.into_connect_error(address))
+}
+
+/// What can go wrong between an open socket and an authenticated peer.
+#[derive(Debug)]
+pub(crate) enum HandshakeProblem {
+    Preamble(PreambleError),
+    Tls(io::Error),
+}
+
+impl From<io::Error> for HandshakeProblem {
+    /// Bytes that are no TLS at all come from another program.
+    fn from(error: io::Error) -> Self {
+        match tls_error(&error) {
+            Some(rustls::Error::InvalidMessage(_)) => Self::Preamble(PreambleError::NotBeringia),
+            _ => Self::Tls(error),
+        }
+    }
+}
+
+impl From<PreambleError> for HandshakeProblem {
+    fn from(error: PreambleError) -> Self {
+        Self::Preamble(error)
+    }
+}
+
+impl HandshakeProblem {
+    fn into_connect_error(self, address: &str) -> ConnectError {
+        let address = address.to_owned();
+        match self {
+            Self::Preamble(source) => ConnectError::Preamble { address, source },
+            Self::Tls(source) => match fingerprint_mismatch(&source) {
+                Some(FingerprintMismatch { expected, found }) => ConnectError::Fingerprint { address, expected, found },
+                None => ConnectError::Handshake { address, source },
+            },
+        }
+    }
+}
+
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+fn fingerprint_mismatch(error: &io::Error) -> Option<FingerprintMismatch> {
+    match tls_error(error)? {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => other.0.downcast_ref().cloned(),
+        _ => None,
+    }
+}
+
+/// The client's part after the TCP connect: TLS, our preamble, the server's.
+pub(crate) async fn greet(
+    identity: &Identity,
+    traffic: &Traffic,
+    socket: TcpStream,
+    fingerprint: ContentHash,
+    greeting: [u8; PREAMBLE_BYTES],
+) -> Result<Connection, HandshakeProblem> {
+    let (socket, address, traffic) = prepare(socket, traffic)?;
+    let name = ServerName::try_from(tls::SERVER_NAME).map_err(io::Error::other)?;
+    let connector = TlsConnector::from(identity.client_config(fingerprint));
+    let mut stream =
+        connector.connect_with(name, socket, |session| session.set_buffer_limit(Some(SOCKET_WRITE_BYTES))).await?;
+    stream.write_all(&greeting).await?;
+    stream.flush().await?;
+    let mut answer = [0; PREAMBLE_BYTES];
+    stream.read_exact(&mut answer).await?;
+    preamble::decode(&answer)?;
+    Ok(Connection::new(stream.into(), Peer { fingerprint, address, traffic }))
+}
+
+/// The server's part after the TCP accept: TLS, the client's preamble, our answer.
+pub(crate) async fn welcome(
+    config: Arc<rustls::ServerConfig>,
+    traffic: &Traffic,
+    socket: TcpStream,
+) -> Result<(Purpose, Connection), HandshakeProblem> {
+    let (socket, address, traffic) = prepare(socket, traffic)?;
+    let mut stream = TlsAcceptor::from(config)
+        .accept_with(socket, |session| session.set_buffer_limit(Some(SOCKET_WRITE_BYTES)))
+        .await?;
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let fingerprint = ContentHash::of(certificate.ok_or_else(|| io::Error::other("no client certificate"))?);
+    let mut greeting = [0; PREAMBLE_BYTES];
+    stream.read_exact(&mut greeting).await?;
+    let purpose = preamble::decode(&greeting);
+    let answer = preamble::encode(PROTOCOL_VERSION, purpose.as_ref().map_or(0, |purpose| *purpose as u8));
+    stream.write_all(&answer).await?;
+    stream.flush().await?;
+    let purpose = match purpose {
+        Ok(purpose) => purpose,
+        Err(error) => {
+            // So that the answer arrives before the connection ends; the caller's deadline bounds it.
+            stream.shutdown().await?;
+            return Err(error.into());
+        }
+    };
+    Ok((purpose, Connection::new(stream.into(), Peer { fingerprint, address, traffic })))
+}
+
+fn prepare(socket: TcpStream, traffic: &Traffic) -> io::Result<(Socket, SocketAddr, Traffic)> {
+    // Frames are written whole: waiting for more bytes would only delay them.
+    socket.set_nodelay(true)?;
+    let address = socket.peer_addr()?;
+    let traffic = traffic.child();
+    Ok((BufReader::with_capacity(SOCKET_READ_BYTES, Counted::new(socket, traffic.clone())), address, traffic))
+}
+
+impl Connection {
+    fn new(stream: Stream, peer: Peer) -> Self {
+        let (read, write) = tokio::io::split(stream);
+        Self {
+            sender: Sender { stream: write, pending: BytesMut::new(), peer: peer.clone() },
+            receiver: Receiver { stream: read, decoder: FrameDecoder::new(), peer },
+        }
+    }
+
+    /// Sends one message. See [`Sender::send`].
+    ///
+    /// # Errors
+    /// The message is too long, or the connection is gone.
+    pub async fn send<T: Serialize + ?Sized>(&mut self, message: &T) -> Result<(), SendError> {
+        self.sender.send(message).await
+    }
+
+    /// Sends one message, waiting at most that long for the peer to take it. See [`Sender::send_timeout`].
+    ///
+    /// # Errors
+    /// As [`Connection::send`], or the time is over.
+    pub async fn send_timeout<T: Serialize + ?Sized>(&mut self, message: &T, wait: Duration) -> Result<(), SendError> {
+        self.sender.send_timeout(message, wait).await
+    }
+
+    /// Receives one message. Cancel-safe. See [`Receiver::recv`].
+    ///
+    /// # Errors
+    /// The connection ended, or what came is no such message.
+    pub async fn recv<T: DeserializeOwned>(&mut self) -> Result<T, RecvError> {
+        self.receiver.recv().await
+    }
+
+    /// Receives one message, waiting at most that long. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`Connection::recv`], or the time is over.
+    pub async fn recv_timeout<T: DeserializeOwned>(&mut self, wait: Duration) -> Result<T, RecvError> {
+        self.receiver.recv_timeout(wait).await
+    }
+
+    /// The two directions, to be used by different tasks.
+    pub fn split(self) -> (Sender, Receiver) {
+        (self.sender, self.receiver)
+    }
+
+    /// Both directions at once, without giving up the connection.
+    pub fn halves(&mut self) -> (&mut Sender, &mut Receiver) {
+        (&mut self.sender, &mut self.receiver)
+    }
+
+    /// The peer's fingerprint, proven in the handshake.
+    pub fn peer(&self) -> ContentHash {
+        self.sender.peer.fingerprint
+    }
+
+    /// The peer's socket address.
+    pub fn address(&self) -> SocketAddr {
+        self.sender.peer.address
+    }
+
+    /// Bytes of this connection.
+    pub fn traffic(&self) -> &Traffic {
+        &self.sender.peer.traffic
+    }
+
+    /// Tells the peer that nothing follows.
+    ///
+    /// # Errors
+    /// The connection is gone already.
+    pub async fn close(&mut self) -> Result<(), SendError> {
+        self.sender.close().await
+    }
+
+    /// Whether nothing has arrived and the peer has not gone, as far as can be known without waiting.
+    pub(crate) fn is_idle(&mut self) -> bool {
+        let mut byte = [0];
+        let read = pin!(self.receiver.stream.read(&mut byte));
+        let pending = matches!(read.poll(&mut Context::from_waker(Waker::noop())), Poll::Pending);
+        pending && self.receiver.decoder.unfinished().is_none() && self.sender.pending.is_empty()
+    }
+}
+
+impl Sender {
+    /// Sends one message. Dropped before it is ready, it leaves the message either unsent as a whole or queued as
+    /// a whole, to be completed by the next `send` or `flush`.
+    ///
+    /// # Errors
+    /// The message is too long, or the connection is gone.
+    pub async fn send<T: Serialize + ?Sized>(&mut self, message: &T) -> Result<(), SendError> {
+        self.queue(message).await?;
+        self.flush().await
+    }
+
+    /// Sends one message, waiting at most that long for the peer to take it. After a timeout, see [`Sender::send`].
+    ///
+    /// # Errors
+    /// As [`Sender::send`], or the time is over.
+    pub async fn send_timeout<T: Serialize + ?Sized>(&mut self, message: &T, wait: Duration) -> Result<(), SendError> {
+        timeout(wait, self.send(message)).await.map_err(|_| SendError::Timeout(wait))?
+    }
+
+    /// Puts one message into the queue, after what is in it has gone.
+    pub(crate) async fn queue<T: Serialize + ?Sized>(&mut self, message: &T) -> Result<(), SendError> {
+        let frame = frame::encode(message)?;
+        self.drain().await?;
+        self.pending.extend_from_slice(&frame);
+        Ok(())
+    }
+
+    /// Sends bytes that no frame holds, after what is queued. Not cancel-safe: the peer counts on all of them.
+    pub(crate) async fn send_raw(&mut self, mut content: Bytes) -> Result<(), SendError> {
+        self.drain().await?;
+        while content.has_remaining() {
+            self.stream.write_buf(&mut content).await.map_err(SendError::Lost)?;
+        }
+        self.flush().await
+    }
+
+    /// Completes what a dropped `send` has left. Cancel-safe.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn flush(&mut self) -> Result<(), SendError> {
+        self.drain().await?;
+        self.stream.flush().await.map_err(SendError::Lost)
+    }
+
+    async fn drain(&mut self) -> Result<(), SendError> {
+        while self.pending.has_remaining() {
+            let written = self.stream.write_buf(&mut self.pending).await.map_err(SendError::Lost)?;
+            if written == 0 {
+                return Err(SendError::Lost(io::ErrorKind::WriteZero.into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the peer that nothing follows.
+    ///
+    /// # Errors
+    /// The connection is gone already.
+    pub async fn close(&mut self) -> Result<(), SendError> {
+        self.flush().await?;
+        self.stream.shutdown().await.map_err(SendError::Lost)
+    }
+
+    /// The peer's fingerprint, proven in the handshake.
+    pub fn peer(&self) -> ContentHash {
+        self.peer.fingerprint
+    }
+}
+
+impl Receiver {
+    /// Receives one message. Cancel-safe: dropped before it is ready, it loses nothing.
+    ///
+    /// # Errors
+    /// The connection ended, or what came is no such message. Only after a malformed or overlong body of a
+    /// well-formed frame does the stream still have a meaning; callers should close it all the same.
+    pub async fn recv<T: DeserializeOwned>(&mut self) -> Result<T, RecvError> {
+        loop {
+            if let Some(body) = self.decoder.next_body()? {
+                return Ok(frame::decode(&body)?);
+            }
+            match self.stream.read_buf(self.decoder.space()).await {
+                Ok(0) => return Err(self.ended(None)),
+                Ok(_) => {}
+                Err(error) => return Err(self.ended(Some(error))),
+            }
+        }
+    }
+
+    /// Receives one message, waiting at most that long. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`Receiver::recv`], or the time is over.
+    pub async fn recv_timeout<T: DeserializeOwned>(&mut self, wait: Duration) -> Result<T, RecvError> {
+        timeout(wait, self.recv()).await.map_err(|_| RecvError::Timeout(wait))?
+    }
+
+    /// Receives exactly `bytes` bytes that no frame holds. The caller has checked `bytes` against a bound. Not
+    /// cancel-safe.
+    pub(crate) async fn recv_raw(&mut self, bytes: usize) -> Result<Vec<u8>, RecvError> {
+        let early = self.decoder.take_raw(bytes);
+        let mut content = vec![0; bytes];
+        let mut received = early.len();
+        content[..received].copy_from_slice(&early);
+        while received < bytes {
+            match self.stream.read(&mut content[received..]).await {
+                Ok(0) => return Err(RecvError::Truncated { received, expected: bytes }),
+                Ok(count) => received += count,
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Err(RecvError::Truncated { received, expected: bytes });
+                }
+                Err(error) => return Err(RecvError::Lost(error)),
+            }
+        }
+        Ok(content)
+    }
+
+    fn ended(&self, error: Option<io::Error>) -> RecvError {
+        match (self.decoder.unfinished(), error) {
+            (Some((received, expected)), _) => RecvError::Truncated { received, expected },
+            (None, None) => RecvError::Closed,
+            (None, Some(error)) => RecvError::Lost(error),
+        }
+    }
+
+    /// The peer's fingerprint, proven in the handshake.
+    pub fn peer(&self) -> ContentHash {
+        self.peer.fingerprint
+    }
+
+    /// The peer's socket address.
+    pub fn address(&self) -> SocketAddr {
+        self.peer.address
+    }
+
+    /// Bytes of this connection, in both directions.
+    pub fn traffic(&self) -> &Traffic {
+        &self.peer.traffic
+    }
+}

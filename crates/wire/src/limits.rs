@@ -1,0 +1,107 @@
+//! Every bound of the protocol, in one place, with its arithmetic.
+//!
+//! A peer decides nothing about our memory or time beyond these numbers: lengths are compared with them before
+//! anything is allocated, and waits end with them. The worst that all strangers together can hold is
+//! `HANDSHAKES_MAX` × `HANDSHAKE_BYTES_MAX` = 256 × 256 KiB = 64 MiB for `HANDSHAKE_SECONDS_MAX`.
+
+use std::time::Duration;
+
+/// Version of the protocol this crate speaks. Both ends must speak the same one.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// Body of one control frame. The largest message is a `run.toml` (256 KiB) with a few hundred hashes; 4 times that.
+pub const FRAME_BYTES_MAX: usize = 1 << 20;
+
+/// Bytes read at once into a frame buffer: one TLS record.
+pub(crate) const READ_BYTES: usize = 16 * 1024;
+
+/// Socket bytes buffered ahead of TLS, a connection: rustls by itself asks for 4 KiB, a system call each.
+pub(crate) const SOCKET_READ_BYTES: usize = 64 * 1024;
+
+/// Plaintext that TLS holds while the socket is full, a connection.
+pub(crate) const SOCKET_WRITE_BYTES: usize = 128 * 1024;
+
+/// Connections that are not yet authenticated. One more pushes out the oldest, so that silent strangers cannot keep
+/// others out for longer than it takes them to be displaced.
+pub const HANDSHAKES_MAX: usize = 256;
+
+/// What one connection holds before authentication: a TLS handshake message (64 KiB, the bound of rustls), the
+/// read and write buffers above (16 + 64 + 128 KiB at most), rounded down to none of it being used twice.
+pub const HANDSHAKE_BYTES_MAX: usize = 256 * 1024;
+
+const _: () = assert!(64 * 1024 + READ_BYTES + SOCKET_READ_BYTES <= HANDSHAKE_BYTES_MAX);
+
+/// From an accepted socket to an authenticated peer. Three round trips of 0.5 s and a busy machine's seconds.
+pub const HANDSHAKE_SECONDS_MAX: u64 = 10;
+
+/// Name resolution and TCP connect. Linux retries a SYN after 1, 3 and 7 s: three losses are survived.
+pub const CONNECT_SECONDS_MAX: u64 = 10;
+
+/// Authenticated connections that wait for the application to take them.
+pub(crate) const INCOMING_QUEUED_MAX: usize = 64;
+
+/// Refusals that wait for the application; more are only counted.
+pub(crate) const REFUSALS_QUEUED_MAX: usize = 32;
+
+/// Refusals told to the application in each minute; more are only counted. One every two seconds fills a log with
+/// 43,200 lines a day, some 5 MB.
+pub const REFUSALS_REPORTED_PER_MINUTE_MAX: u32 = 30;
+
+/// Pause after the system could not accept a connection (no file descriptors left).
+pub(crate) const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// A certificate's DER. Ours have about 330 bytes; one with a 4,096-bit RSA key has 1,300.
+pub(crate) const CERTIFICATE_BYTES_MAX: usize = 4 * 1024;
+
+/// An identity file: key and certificate as PEM, about 700 bytes.
+pub(crate) const IDENTITY_FILE_BYTES_MAX: u64 = 16 * 1024;
+
+/// `host:port` in an invite: DNS allows 253, the port takes 6; a length of one byte leaves 255.
+pub const ADDRESS_BYTES_MAX: usize = 255;
+
+/// A run's name.
+pub const RUN_NAME_BYTES_MAX: usize = 64;
+
+/// A blob's name: what file systems allow.
+pub const BLOB_NAME_BYTES_MAX: usize = 255;
+
+/// One chunk of a blob: the unit of request, hash and retry. At 20 Mbit/s it takes 0.4 s, at 10 Gbit/s 0.8 ms. A power of
+/// two times 1,024, so that its hash is a subtree of the whole's BLAKE3 tree.
+pub const CHUNK_BYTES_MAX: usize = 1 << 20;
+
+const _: () = assert!(CHUNK_BYTES_MAX.is_power_of_two() && CHUNK_BYTES_MAX >= 1024);
+
+/// Chunks in a blob: 2^24 of 1 MiB are 16 TiB, f32 parameters and two moments of a model of 1.4 × 10^12.
+pub const BLOB_CHUNKS_MAX: u64 = 1 << 24;
+
+/// Chunks asked for ahead, a stream. With 4 streams 16 MiB are on their way: 1.3 Gbit/s at 100 ms round trip.
+pub const CHUNKS_IN_FLIGHT_MAX: usize = 4;
+
+/// Parallel streams of one fetch.
+pub const STREAMS_MAX: usize = 16;
+
+/// Chunks that make another stream worth its handshake.
+pub(crate) const CHUNKS_PER_STREAM_MIN: u64 = 2;
+
+/// A chunk must be complete this long after the one before it: 1 MiB in 30 s is 0.28 Mbit/s, a stream. Slower is stalled.
+pub const FETCH_STALL_SECONDS_MAX: u64 = 30;
+
+/// Failures in a row, without a chunk between them, after which a holder is given up.
+pub const HOLDER_FAILURES_MAX: u32 = 4;
+
+/// Places that hold the same blob, in one fetch.
+pub const HOLDERS_MAX: usize = 256;
+
+/// First pause before a holder is tried again; it doubles with each failure in a row: 0.1, 0.2, 0.4 s.
+pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// A served blob connection without a request is closed. Longer than the longest usual round.
+pub const BLOB_IDLE_SECONDS_MAX: u64 = 1_800;
+
+/// An unused connection older than this is not used again by the client: well under what the server allows.
+pub(crate) const POOL_IDLE_SECONDS_MAX: u64 = 1_200;
+
+const _: () = assert!(POOL_IDLE_SECONDS_MAX < BLOB_IDLE_SECONDS_MAX);
+
+/// Unused connections kept open, over all holders: 64 sites with 4 streams each.
+pub(crate) const POOL_CONNECTIONS_MAX: usize = 256;
