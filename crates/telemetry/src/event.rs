@@ -1,0 +1,386 @@
+//! Every event a run can log. `docs/events.md` describes each field with its unit, and a test keeps the two equal.
+//!
+//! A log outlives the program that wrote it, so the rules of change are: an event or a field may be added (with a
+//! default), none is renamed or given another meaning without raising [`EVENT_VERSION`]; readers skip and count
+//! what they do not know.
+
+use base::{ContentHash, Round, SiteId, Term};
+use serde::{Deserialize, Serialize};
+
+/// Version of the line format, `v` in each line.
+pub const EVENT_VERSION: u32 = 1;
+
+/// One line of a log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// [`EVENT_VERSION`] of the writer.
+    pub v: u32,
+    /// Number of the record in its log, from 0; a gap means that records could not be written.
+    pub seq: u64,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub unix_ms: u64,
+    /// Who wrote it: `coordinator`, or a site's name.
+    pub source: String,
+    /// What happened.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// A site's part of a round.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LeaseShare {
+    /// Who trains it.
+    pub site: SiteId,
+    /// First sample (cursor of the permutation).
+    pub start: u64,
+    /// One past the last sample.
+    pub end: u64,
+    /// Inner steps.
+    pub steps: u64,
+    /// Samples in each inner step.
+    pub samples_per_step: u64,
+    /// Part of the joint batch, 0 to 1.
+    pub share: f64,
+}
+
+/// A site whose delta was merged.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Contributor {
+    /// Who.
+    pub site: SiteId,
+    /// Tokens behind its delta.
+    pub tokens: u64,
+    /// Its weight in the merge, 0 to 1.
+    pub weight: f64,
+}
+
+/// A site's part of the batch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SiteShare {
+    /// Who.
+    pub site: SiteId,
+    /// Part of the joint batch, 0 to 1.
+    pub share: f64,
+}
+
+/// Samples by what became of them. `leased` = `committed` + `returned` + `lost` + those in the open round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct LedgerCounts {
+    /// Given to sites.
+    pub leased: u64,
+    /// In a committed round.
+    pub committed: u64,
+    /// Given back untrained, to be leased again.
+    pub returned: u64,
+    /// Trained by a site whose delta never arrived.
+    pub lost: u64,
+}
+
+/// Declares [`Event`] together with the list of its names, so that a reader can tell an event of the future from a
+/// damaged line.
+macro_rules! events {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal { $($(#[$field_meta:meta])* $field:ident: $kind:ty,)* })*) => {
+        /// What happened. In a line, `event` holds the name in `snake_case` and the fields stand beside it.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = "event")]
+        #[non_exhaustive]
+        pub enum Event {
+            $($(#[$doc])* #[serde(rename = $name)] $variant { $($(#[$field_meta])* $field: $kind,)* },)*
+        }
+
+        impl Event {
+            /// Each event's name with the names of its fields.
+            pub const SCHEMA: &'static [(&'static str, &'static [&'static str])] =
+                &[$(($name, &[$(stringify!($field)),*])),*];
+
+            /// The name of this event in a line.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $(Self::$variant { .. } => $name,)*
+                }
+            }
+        }
+    };
+}
+
+events! {
+    /// A process began to train or to coordinate.
+    RunStarted = "run_started" {
+        /// Name of the run.
+        run: String,
+        /// `synchronous` or `diloco`.
+        strategy: String,
+        /// Sites the run waits for.
+        sites: u32,
+        /// Parameters of the model.
+        parameters: u64,
+        /// Tokens of the whole run.
+        tokens_planned: u64,
+        /// Rounds of the whole run.
+        rounds_planned: u64,
+        /// Engine and device of this process, where it trains itself.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        engine: Option<String>,
+        /// Round of the checkpoint from which it resumed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        resumed_round: Option<Round>,
+    }
+    /// A site was admitted.
+    SiteJoined = "site_joined" {
+        /// Its id.
+        site: SiteId,
+        /// Its name.
+        name: String,
+        /// Where other sites reach it, `host:port`.
+        address: String,
+        /// Engine and device.
+        engine: String,
+        /// Host threads its engine uses.
+        threads: u64,
+        /// Artificial factor by which the site is slowed down; 1 is none.
+        slowdown: f64,
+    }
+    /// A site holds the global state and has measured its speed.
+    SiteReady = "site_ready" {
+        /// Who.
+        site: SiteId,
+        /// Training tokens a second, measured alone.
+        tokens_per_second: f64,
+    }
+    /// A site is no longer a member.
+    SiteLeft = "site_left" {
+        /// Who.
+        site: SiteId,
+        /// Why, in words.
+        reason: String,
+    }
+    /// Leases were given out.
+    RoundStarted = "round_started" {
+        /// The round.
+        round: Round,
+        /// Its coordinator's term.
+        term: Term,
+        /// One for each participant.
+        leases: Vec<LeaseShare>,
+    }
+    /// One inner step.
+    Step = "step" {
+        /// Who made it.
+        site: SiteId,
+        /// The round it belongs to.
+        round: Round,
+        /// Inner steps made so far in the run, this one included.
+        step: u64,
+        /// Mean training loss, nats a token.
+        loss_nats: f64,
+        /// Learning rate of this step.
+        learning_rate: f64,
+        /// Global gradient norm before clipping.
+        gradient_norm: f64,
+        /// Tokens of this step.
+        tokens: u64,
+        /// Time of this step.
+        seconds: f64,
+    }
+    /// A site made all its inner steps of a round.
+    RoundComputed = "round_computed" {
+        /// The round.
+        round: Round,
+        /// Who.
+        site: SiteId,
+        /// Tokens trained in it.
+        tokens: u64,
+        /// Time spent computing.
+        compute_seconds: f64,
+        /// Mean training loss of the round, nats a token.
+        loss_nats: f64,
+    }
+    /// Another site's delta arrived and its hash agreed.
+    DeltaFetched = "delta_fetched" {
+        /// The round.
+        round: Round,
+        /// From whom.
+        from_site: SiteId,
+        /// Bytes received.
+        bytes: u64,
+        /// Time of the transfer.
+        seconds: f64,
+    }
+    /// A round closed.
+    RoundCommitted = "round_committed" {
+        /// The round.
+        round: Round,
+        /// Its coordinator's term.
+        term: Term,
+        /// Whose deltas were merged.
+        contributors: Vec<Contributor>,
+        /// Samples consumed so far: where the next lease begins.
+        cursor: u64,
+        /// BLAKE3 of the global state after the round.
+        state_hash: ContentHash,
+        /// From the round's start to its commit.
+        seconds: f64,
+        /// Tokens committed so far in the run.
+        tokens_total: u64,
+    }
+    /// A site made the outer step.
+    RoundApplied = "round_applied" {
+        /// The round.
+        round: Round,
+        /// Who.
+        site: SiteId,
+        /// BLAKE3 of its global state after the round.
+        state_hash: ContentHash,
+    }
+    /// A site's state is not that of the run: invariant I1 is broken.
+    Diverged = "diverged" {
+        /// The round.
+        round: Round,
+        /// Who.
+        site: SiteId,
+        /// The run's hash.
+        hash_expected: ContentHash,
+        /// The site's.
+        hash_found: ContentHash,
+    }
+    /// Loss on the validation text.
+    Evaluated = "evaluated" {
+        /// After this round.
+        round: Round,
+        /// Inner steps made so far in the run.
+        step: u64,
+        /// Mean validation loss, nats a token.
+        nats_per_token: f64,
+        /// The same per byte of text, in bits.
+        bits_per_byte: f64,
+        /// What a bigram model of the training tokens reaches on the same text.
+        bigram_bits_per_byte: f64,
+        /// Validation tokens used.
+        tokens: u64,
+    }
+    /// Text from the model.
+    Sample = "sample" {
+        /// After this round.
+        round: Round,
+        /// The text.
+        text: String,
+    }
+    /// A checkpoint is on stable storage.
+    CheckpointSaved = "checkpoint_saved" {
+        /// After this round.
+        round: Round,
+        /// Its folder.
+        path: String,
+        /// Bytes of all its files.
+        bytes: u64,
+        /// Time of the save.
+        seconds: f64,
+    }
+    /// A checkpoint was not trusted on resuming, and the one before it was taken.
+    CheckpointSkipped = "checkpoint_skipped" {
+        /// Its folder.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    }
+    /// Where the samples stand.
+    Ledger = "ledger" {
+        /// Samples given to sites.
+        leased: u64,
+        /// Samples in a committed round.
+        committed: u64,
+        /// Samples given back untrained.
+        returned: u64,
+        /// Samples trained by a site whose delta never arrived.
+        lost: u64,
+    }
+    /// The batch is cut differently from the next round on.
+    SharesChanged = "shares_changed" {
+        /// Why, in words.
+        reason: String,
+        /// One for each member.
+        shares: Vec<SiteShare>,
+    }
+    /// A connection was turned away.
+    PeerRefused = "peer_refused" {
+        /// Whence, `host:port`.
+        address: String,
+        /// Why, in words.
+        reason: String,
+    }
+    /// Something a person should look at; the run goes on.
+    Warning = "warning" {
+        /// What happened and why.
+        message: String,
+        /// What mends it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
+    }
+    /// The run, or this site's part in it, ended.
+    RunFinished = "run_finished" {
+        /// How, in words.
+        verdict: String,
+        /// BLAKE3 of the final global state.
+        state_hash: ContentHash,
+        /// Rounds committed.
+        rounds: u64,
+        /// Tokens committed.
+        tokens: u64,
+    }
+}
+
+/// A line that is not one of our records.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LineError {
+    /// A record of a newer program: skipped without loss.
+    #[error("unknown event '{event}' (version {v})")]
+    Unknown {
+        /// Its name.
+        event: String,
+        /// Its version.
+        v: u32,
+    },
+    /// Torn or damaged.
+    #[error("not an event: {reason}")]
+    Malformed {
+        /// What the parser met.
+        reason: String,
+    },
+}
+
+/// What every line of every version has.
+#[derive(Deserialize)]
+struct Envelope {
+    v: u32,
+    event: String,
+}
+
+impl Record {
+    /// The record as one line, with its line end. Text inside is escaped, so that a line is always one line.
+    pub fn to_line(&self) -> String {
+        let mut line = serde_json::to_string(self)
+            .unwrap_or_else(|error| unreachable!("every event is representable in JSON: {error}"));
+        line.push('\n');
+        line
+    }
+
+    /// Parses one line, with or without its line end.
+    ///
+    /// # Errors
+    /// [`LineError::Unknown`] for a well-formed record of a newer program, [`LineError::Malformed`] otherwise.
+    pub fn from_line(line: &[u8]) -> Result<Self, LineError> {
+        let malformed = |error: serde_json::Error| LineError::Malformed { reason: error.to_string() };
+        let envelope: Envelope = serde_json::from_slice(line).map_err(malformed)?;
+        let known = Event::SCHEMA.iter().any(|(name, _)| *name == envelope.event);
+        if !known || envelope.v > EVENT_VERSION {
+            let event = envelope.event.chars().take(80).collect();
+            return Err(LineError::Unknown { event, v: envelope.v });
+        }
+        serde_json::from_slice(line).map_err(malformed)
+    }
+}
+
+#[cfg(test)]
+#[path = "event_tests.rs"]
+pub(crate) mod event_tests;
