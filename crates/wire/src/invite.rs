@@ -318,7 +318,8 @@ mod tests {
         swapped.swap(at, at + 1);
         assert_eq!(String::from_utf8(swapped).unwrap().parse::<Invite>().unwrap_err(), InviteError::Checksum);
         assert_eq!(word[..word.len() - 1].parse::<Invite>().unwrap_err(), InviteError::Checksum);
-        assert_eq!(format!("{}u", &word[..20]).parse::<Invite>().unwrap_err(), InviteError::Character { position: 21 });
+        let impossible = format!("{}u{}", &word[..20], &word[21..]);
+        assert_eq!(impossible.parse::<Invite>().unwrap_err(), InviteError::Character { position: 21 });
     }
 
     #[test]

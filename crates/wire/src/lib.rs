@@ -15,6 +15,8 @@ pub mod invite;
 pub mod limits;
 pub mod listener;
 pub mod preamble;
+#[cfg(test)]
+mod tests;
 mod tls;
 pub mod traffic;
 

@@ -186,3 +186,103 @@ impl ClientCertVerifier for AnySelfSigned {
         self.algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::pki_types::PrivatePkcs8KeyDer;
+    use rustls::sign::{CertifiedKey, SingleCertAndKey};
+    use rustls::{ClientConnection, ServerConnection, version::TLS12};
+
+    type Pair = (CertificateDer<'static>, PrivateKeyDer<'static>);
+
+    fn pair() -> Pair {
+        let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        let certificate = rcgen::CertificateParams::new([SERVER_NAME.to_owned()]).unwrap().self_signed(&key).unwrap();
+        (certificate.der().clone(), PrivatePkcs8KeyDer::from(key.serialize_der()).into())
+    }
+
+    /// The certificate of one with the key of another, past rustls's own check that they belong together.
+    fn stolen(certificate: &Pair, key: &Pair) -> Arc<SingleCertAndKey> {
+        let key = ring::sign::any_supported_type(&key.1).unwrap();
+        Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate.0.clone()], key)))
+    }
+
+    fn server(of: &Pair) -> Arc<ServerConfig> {
+        server_config(of.0.clone(), of.1.clone_key()).unwrap()
+    }
+
+    fn client(of: &Pair, expected: &Pair) -> Arc<ClientConfig> {
+        let template = ClientTemplate::new(of.0.clone(), of.1.clone_key()).unwrap();
+        template.pinned_to(ContentHash::of(&expected.0))
+    }
+
+    /// Both ends in memory, until neither has anything to say. Errors: the client's, then the server's.
+    fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> (Result<(), Error>, Result<(), Error>) {
+        let mut client = ClientConnection::new(client, ServerName::try_from(SERVER_NAME).unwrap()).unwrap();
+        let mut server = ServerConnection::new(server).unwrap();
+        let mut results = (Ok(()), Ok(()));
+        while client.wants_write() || server.wants_write() {
+            let (mut to_server, mut to_client) = (Vec::new(), Vec::new());
+            client.write_tls(&mut to_server).unwrap();
+            if !to_server.is_empty() && results.1.is_ok() {
+                server.read_tls(&mut &to_server[..]).unwrap();
+                results.1 = server.process_new_packets().map(drop);
+            }
+            server.write_tls(&mut to_client).unwrap();
+            if !to_client.is_empty() && results.0.is_ok() {
+                client.read_tls(&mut &to_client[..]).unwrap();
+                results.0 = client.process_new_packets().map(drop);
+            }
+        }
+        results
+    }
+
+    #[test]
+    fn pinned_peers_meet() {
+        let (alice, bob) = (pair(), pair());
+        assert_eq!(handshake(client(&alice, &bob), server(&bob)), (Ok(()), Ok(())));
+    }
+
+    #[test]
+    fn another_certificate_is_refused_by_the_client() {
+        let (alice, bob, mallory) = (pair(), pair(), pair());
+        let (of_client, of_server) = handshake(client(&alice, &bob), server(&mallory));
+        assert!(matches!(of_client, Err(Error::InvalidCertificate(CertificateError::Other(_)))), "{of_client:?}");
+        assert!(of_server.is_err());
+    }
+
+    #[test]
+    fn a_server_with_a_stolen_certificate_is_refused() {
+        let (alice, bob, mallory) = (pair(), pair(), pair());
+        let mut config = (*server(&mallory)).clone();
+        config.cert_resolver = stolen(&bob, &mallory);
+        let (of_client, _) = handshake(client(&alice, &bob), Arc::new(config));
+        assert_eq!(of_client, Err(Error::InvalidCertificate(CertificateError::BadSignature)));
+    }
+
+    #[test]
+    fn a_client_with_a_stolen_certificate_is_refused() {
+        let (alice, bob, mallory) = (pair(), pair(), pair());
+        let mut config = (*client(&mallory, &bob)).clone();
+        config.client_auth_cert_resolver = stolen(&alice, &mallory);
+        let (_, of_server) = handshake(Arc::new(config), server(&bob));
+        assert_eq!(of_server, Err(Error::InvalidCertificate(CertificateError::BadSignature)));
+    }
+
+    #[test]
+    fn a_client_without_a_certificate_and_tls_1_2_are_refused() {
+        let bob = pair();
+        let without_certificate = |version| {
+            let algorithms = provider().signature_verification_algorithms;
+            let verifier = PinnedServer { expected: ContentHash::of(&bob.0), algorithms };
+            let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[version]).unwrap();
+            let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+            Arc::new(builder.with_no_client_auth())
+        };
+        let anonymous = handshake(without_certificate(&TLS13), server(&bob));
+        assert_eq!(anonymous.1, Err(Error::NoCertificatesPresented));
+        let old = handshake(without_certificate(&TLS12), server(&bob));
+        assert!(matches!(old.1, Err(Error::PeerIncompatible(_))), "{old:?}");
+    }
+}

@@ -310,7 +310,10 @@ impl Fetch<'_> {
         }
         while self.transfer.missing() > 0 {
             if self.streams.running.is_empty() {
-                return Err(self.holders_failed());
+                // What the last stream had delivered before it failed still counts, for a resumption if not for now.
+                let Ok(arrival) = self.arrivals.try_recv() else { return Err(self.holders_failed()) };
+                self.arrived(arrival).await?;
+                continue;
             }
             tokio::select! {
                 biased;

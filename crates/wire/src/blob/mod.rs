@@ -7,7 +7,7 @@
 pub mod fetch;
 pub(crate) mod file;
 mod pool;
-mod protocol;
+pub(crate) mod protocol;
 pub mod serve;
 mod transfer;
 mod tree;
@@ -138,7 +138,7 @@ impl Blob {
     }
 
     /// One chunk with its hash. `index` is inside the blob.
-    async fn chunk(&self, index: u64) -> io::Result<(Bytes, ChunkHash)> {
+    pub(crate) async fn chunk(&self, index: u64) -> io::Result<(Bytes, ChunkHash)> {
         match &self.0 {
             Content::Memory { bytes, chunk_hashes } => {
                 let start = index as usize * CHUNK_BYTES_MAX;
