@@ -239,12 +239,10 @@ mod tests {
     fn it_learns_a_markov_chain() {
         // After x comes x + 1 or x + 2 (mod 16), evenly: one bit a token, where the unigram needs four.
         let mut random = Random::new(2, 0);
-        let step = |state: &mut u32| {
-            *state = (*state + 1 + random.next_below(2) as u32) % 16;
-            Some(*state)
-        };
-        let tokens: Vec<u32> =
-            std::iter::successors(Some(0), |_| Some(0)).scan(0, |s, _: u32| step(s)).take(20_000).collect();
+        let mut tokens = vec![0];
+        for _ in 1..20_000 {
+            tokens.push((tokens[tokens.len() - 1] + 1 + random.next_below(2) as u32) % 16);
+        }
         let model = fitted(16, &tokens[..19_000]);
         let validation = ValidationSet { sequence_length: 999, samples: vec![tokens[19_000..].to_vec()], bytes: 999 };
         let score = model.score(&validation).unwrap();

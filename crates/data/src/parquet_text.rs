@@ -1,15 +1,23 @@
 //! The text column of a parquet file, row by row.
 //!
 //! Only the one column is read, a page at a time, so that memory depends on the writer's page size (commonly
-//! 1 MiB) and not on the file. This is not a general parquet reader: nested and list columns are refused.
+//! 1 MiB; the format allows 2 GiB) and not on the file. This is not a general parquet reader: nested and list
+//! columns are refused.
+//!
+//! The `parquet` crate meets damaged pages with assertions in places and sizes a dictionary by what its header
+//! claims. Both are contained here, for a downloaded file that is broken must not end a run: pages are checked
+//! on their way in, and a panic inside the crate ends the file, not the process.
 
 use crate::corpus::CorpusFile;
 use crate::documents::CorpusReport;
 use parquet::basic::Type as PhysicalType;
-use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
+use parquet::column::page::{Page, PageMetadata, PageReader};
+use parquet::column::reader::ColumnReaderImpl;
 use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::errors::{ParquetError, Result as ParquetResult};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// Rows decoded at once. Values point into their pages, so this bounds the pages held, not copies.
@@ -35,6 +43,10 @@ pub(crate) struct ParquetText {
 impl ParquetText {
     /// Reads the footer and finds the column `text`, or else `content`.
     pub(crate) fn open(path: &Path) -> Result<Self, String> {
+        contained(|| Self::open_file(path))
+    }
+
+    fn open_file(path: &Path) -> Result<Self, String> {
         let file = File::open(path).map_err(|error| error.to_string())?;
         let file = SerializedFileReader::new(file).map_err(|error| format!("not a whole parquet file: {error}"))?;
         let schema = file.metadata().file_metadata().schema_descr();
@@ -61,7 +73,7 @@ impl ParquetText {
                     Err(error) => report.warn(&file.name, Some(self.row), format!("row is not UTF-8: {error}")),
                 }
             }
-            match self.decode_rows() {
+            match contained(|| self.decode_rows()) {
                 Ok(true) => {}
                 Ok(false) => return None,
                 Err(error) => {
@@ -104,10 +116,49 @@ impl ParquetText {
         if !(0..=COLUMN_BYTES_MAX).contains(&bytes) {
             return Err(format!("row group {} claims {bytes} bytes of text", self.row_group));
         }
-        match group.get_column_reader(self.column).map_err(|error| error.to_string())? {
-            ColumnReader::ByteArrayColumnReader(reader) => Ok(reader),
-            _ => Err("the column changed its type between row groups".to_owned()),
+        let pages = group.get_column_page_reader(self.column).map_err(|error| error.to_string())?;
+        let description = self.file.metadata().file_metadata().schema_descr().column(self.column);
+        Ok(ColumnReaderImpl::new(description, Box::new(CheckedPages { pages })))
+    }
+}
+
+/// Turns a panic inside the `parquet` crate into an error. What it was working on is dropped by the caller.
+fn contained<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err("it is damaged".to_owned()))
+}
+
+/// Pages whose dictionaries are no larger than their bytes allow.
+struct CheckedPages {
+    pages: Box<dyn PageReader>,
+}
+
+impl PageReader for CheckedPages {
+    fn get_next_page(&mut self) -> ParquetResult<Option<Page>> {
+        let page = self.pages.get_next_page()?;
+        if let Some(Page::DictionaryPage { buf, num_values, .. }) = &page {
+            // Each string of a dictionary begins with its length, four bytes.
+            if *num_values as usize > buf.len() / 4 {
+                let reason = format!("a dictionary of {} bytes claims {num_values} strings", buf.len());
+                return Err(ParquetError::General(reason));
+            }
         }
+        Ok(page)
+    }
+
+    fn peek_next_page(&mut self) -> ParquetResult<Option<PageMetadata>> {
+        self.pages.peek_next_page()
+    }
+
+    fn skip_next_page(&mut self) -> ParquetResult<()> {
+        self.pages.skip_next_page()
+    }
+}
+
+impl Iterator for CheckedPages {
+    type Item = ParquetResult<Page>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.get_next_page().transpose()
     }
 }
 

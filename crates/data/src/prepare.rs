@@ -17,7 +17,8 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// Text encoded at once, bytes, plus at most one document. Its tokens take at most four times that (one a byte,
-/// four bytes each), so a batch holds 8 + 32 MiB beside what the encoders work on.
+/// four bytes each), so a batch holds 8 + 32 MiB beside what the encoders work on; the first two batches are held
+/// together, to know whether there is more than one.
 pub const BATCH_BYTES: usize = 8 << 20;
 
 /// Tokens in a shard unless chosen otherwise: 200 MB of two-byte tokens, a comfortable size to fetch and hash.
@@ -376,4 +377,52 @@ fn split_few(texts: Vec<String>, wanted: usize) -> Result<Vec<(Split, String)>, 
     let tail = text.split_off(cut);
     batch.insert(longest + 1, (Split::Validation, tail));
     Ok(batch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn texts(count: usize) -> Vec<String> {
+        (0..count).map(|i| format!("document number {i}\n")).collect()
+    }
+
+    fn held_out(batch: &[(Split, String)]) -> usize {
+        batch.iter().filter(|(split, _)| *split == Split::Validation).count()
+    }
+
+    #[test]
+    fn the_split_follows_content_and_seed() {
+        let options = PrepareOptions::default();
+        let splits = |seed| {
+            let options = PrepareOptions { split_seed: seed, ..options.clone() };
+            texts(10_000).iter().map(|text| split_of(text, &options)).collect::<Vec<_>>()
+        };
+        let validation = splits(1).iter().filter(|split| **split == Split::Validation).count();
+        // 500 expected with a standard deviation of 22; five of them.
+        assert!((390..=610).contains(&validation), "{validation}");
+        assert_eq!(splits(1), splits(1));
+        assert_ne!(splits(1), splits(2));
+    }
+
+    #[test]
+    fn the_first_batch_of_many_has_both_splits() {
+        for fraction in [1e-12, 0.5] {
+            let options = PrepareOptions { validation_fraction: fraction, ..PrepareOptions::default() };
+            for count in [2, 3, 10] {
+                let validation = held_out(&split_head(texts(count), &options));
+                assert!(validation > 0 && validation < count, "{fraction}: {validation} of {count}");
+            }
+        }
+    }
+
+    #[test]
+    fn small_corpora_hold_out_close_to_the_fraction() {
+        let options = PrepareOptions { validation_fraction: 0.1, ..PrepareOptions::default() };
+        let (batch, cut) = split_all(texts(200), &options).unwrap();
+        assert!((20..=21).contains(&held_out(&batch)) && !cut);
+        let (batch, cut) = split_all(texts(9), &options).unwrap();
+        assert_eq!((batch.len(), held_out(&batch), cut), (10, 1, true));
+        assert_eq!(split_all(Vec::new(), &options).unwrap().0, []);
+    }
 }
