@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn long_training_splits_are_sampled_evenly() {
-        assert_eq!(training_blocks(1_000).collect::<Vec<_>>(), [0..1_000]);
+        assert!(training_blocks(1_000).eq(std::iter::once(0..1_000)));
         let tokens = 3 * BIGRAM_PAIRS_MAX + 1;
         let blocks: Vec<_> = training_blocks(tokens).collect();
         assert_eq!(blocks.iter().map(|block| block.end - block.start - 1).sum::<u64>(), BIGRAM_PAIRS_MAX);

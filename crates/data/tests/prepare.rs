@@ -1,4 +1,5 @@
 //! From folders of text to samples, and every way in which that can go wrong.
+#![allow(clippy::unwrap_used, reason = "a test's helper may panic")]
 
 use base::{ContentHash, Hint};
 use data::dataset::load_tokenizer;
