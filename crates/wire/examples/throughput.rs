@@ -36,8 +36,12 @@ async fn main() -> Result<(), Failure> {
     }
     let [plain, one, four] = gigabits.map(median);
     let cores = std::thread::available_parallelism()?;
+    let started = Instant::now();
+    let _ = ContentHash::of(&bench.content);
+    let hashing = bench.gigabits_per_second(started.elapsed().as_secs_f64());
     let mut out = io::stdout();
     writeln!(out, "{mebibytes} MiB over loopback, both ends on {cores} cores, median of {repetitions}")?;
+    writeln!(out, "BLAKE3, one core    {hashing:6.2} Gbit/s")?;
     writeln!(out, "plain TCP copy      {plain:6.2} Gbit/s")?;
     writeln!(out, "fetch, 1 stream     {one:6.2} Gbit/s   {:.2} of plain", one / plain)?;
     writeln!(out, "fetch, 4 streams    {four:6.2} Gbit/s   {:.2} of plain", four / plain)?;

@@ -235,6 +235,8 @@ mod tests {
                 }
             }
             let _ = decode::<Sample>(&bytes);
+            let _ = decode::<crate::blob::protocol::ChunkRequest>(&bytes);
+            let _ = decode::<crate::blob::protocol::ChunkReply>(&bytes);
         }
     }
 }

@@ -25,11 +25,11 @@ pub(crate) const SOCKET_WRITE_BYTES: usize = 128 * 1024;
 /// others out for longer than it takes them to be displaced.
 pub const HANDSHAKES_MAX: usize = 256;
 
-/// What one connection holds before authentication: a TLS handshake message (64 KiB, the bound of rustls), the
-/// read and write buffers above (16 + 64 + 128 KiB at most), rounded down to none of it being used twice.
+/// What one connection may hold before authentication: an incoming TLS handshake message (64 KiB, the bound of rustls),
+/// our socket buffer (64 KiB), our own side of the handshake (under 2 KiB) and the task; twice that, rounded up.
 pub const HANDSHAKE_BYTES_MAX: usize = 256 * 1024;
 
-const _: () = assert!(64 * 1024 + READ_BYTES + SOCKET_READ_BYTES <= HANDSHAKE_BYTES_MAX);
+const _: () = assert!(64 * 1024 + SOCKET_READ_BYTES <= HANDSHAKE_BYTES_MAX / 2);
 
 /// From an accepted socket to an authenticated peer. Three round trips of 0.5 s and a busy machine's seconds.
 pub const HANDSHAKE_SECONDS_MAX: u64 = 10;
@@ -74,7 +74,7 @@ const _: () = assert!(CHUNK_BYTES_MAX.is_power_of_two() && CHUNK_BYTES_MAX >= 10
 /// Chunks in a blob: 2^24 of 1 MiB are 16 TiB, f32 parameters and two moments of a model of 1.4 × 10^12.
 pub const BLOB_CHUNKS_MAX: u64 = 1 << 24;
 
-/// Chunks asked for ahead, a stream. With 4 streams 16 MiB are on their way: 1.3 Gbit/s at 100 ms round trip.
+/// Chunks asked for ahead, a stream (at least 2, so that the link is not idle between two chunks). With 4 streams 16 MiB are on their way: 1.3 Gbit/s at 100 ms round trip.
 pub const CHUNKS_IN_FLIGHT_MAX: usize = 4;
 
 /// Parallel streams of one fetch.
@@ -102,6 +102,9 @@ pub const BLOB_IDLE_SECONDS_MAX: u64 = 1_800;
 pub(crate) const POOL_IDLE_SECONDS_MAX: u64 = 1_200;
 
 const _: () = assert!(POOL_IDLE_SECONDS_MAX < BLOB_IDLE_SECONDS_MAX);
+
+/// How long a finished fetch waits for its streams to put their connections back: a few task switches.
+pub(crate) const POOL_RETURN_WAIT: Duration = Duration::from_millis(10);
 
 /// Unused connections kept open, over all holders: 64 sites with 4 streams each.
 pub(crate) const POOL_CONNECTIONS_MAX: usize = 256;

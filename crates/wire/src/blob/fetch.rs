@@ -2,7 +2,7 @@
 //!
 //! Each stream is a task with its own connection, so that decryption and hashing use several cores; one loop hands
 //! out chunks and puts what arrives in its place. Memory is bounded by the blob (or, for files, by nothing of it)
-//! plus three chunks a stream.
+//! plus two chunks a stream.
 
 use super::BlobKey;
 use super::file::PartialFile;
@@ -14,7 +14,7 @@ use crate::connection::{ConnectError, Connection, Receiver, RecvError, SendError
 use crate::identity::Identity;
 use crate::limits::{
     BLOB_CHUNKS_MAX, CHUNK_BYTES_MAX, CHUNKS_IN_FLIGHT_MAX, CHUNKS_PER_STREAM_MIN, FETCH_STALL_SECONDS_MAX,
-    HOLDERS_MAX, RETRY_PAUSE, STREAMS_MAX,
+    HOLDERS_MAX, POOL_RETURN_WAIT, RETRY_PAUSE, STREAMS_MAX,
 };
 use crate::preamble::Purpose;
 use crate::traffic::Traffic;
@@ -308,8 +308,9 @@ impl Fetch<'_> {
         for _ in 0..self.streams_wanted() {
             self.start_stream();
         }
+        self.fill_all();
         while self.transfer.missing() > 0 {
-            if self.streams.running.is_empty() {
+            if self.streams.tasks.is_empty() {
                 // What the last stream had delivered before it failed still counts, for a resumption if not for now.
                 let Ok(arrival) = self.arrivals.try_recv() else { return Err(self.holders_failed()) };
                 self.arrived(arrival).await?;
@@ -333,15 +334,17 @@ impl Fetch<'_> {
 
     fn start_stream(&mut self) {
         if let Some(assignment) = self.transfer.assign() {
-            let stream = self.streams.start(assignment);
-            self.fill(stream);
+            self.streams.start(assignment);
         }
     }
 
-    /// Asks for chunks until the stream has its number of them in flight.
+    /// Asks for chunks until the stream has its number of them in flight: fewer towards the end, so that what is left
+    /// goes to the streams that turn out to be fast.
     fn fill(&mut self, stream: u64) {
+        let half_share = self.transfer.missing() as usize / (2 * self.streams.running.len().max(1));
+        let ahead = half_share.clamp(2, CHUNKS_IN_FLIGHT_MAX);
         let Some(running) = self.streams.running.get_mut(&stream) else { return };
-        while running.assignment.in_flight() < CHUNKS_IN_FLIGHT_MAX {
+        while running.assignment.in_flight() < ahead {
             let Some(index) = self.transfer.take(&mut running.assignment) else { return };
             // There is room for every chunk in flight; a stream that has ended is noticed when it is joined.
             let _ = running.asks.try_send(index);
@@ -366,6 +369,10 @@ impl Fetch<'_> {
             self.transfer.failed(running.assignment, error.blame(), error.to_string());
         }
         self.start_stream();
+        self.fill_all();
+    }
+
+    fn fill_all(&mut self) {
         let streams: Vec<u64> = self.streams.running.keys().copied().collect();
         streams.into_iter().for_each(|stream| self.fill(stream));
     }
@@ -399,7 +406,7 @@ struct StreamEnd {
 }
 
 impl Streams<'_> {
-    fn start(&mut self, assignment: Assignment) -> u64 {
+    fn start(&mut self, assignment: Assignment) {
         let stream = self.started;
         self.started += 1;
         let (asks, asked) = mpsc::channel(CHUNKS_IN_FLIGHT_MAX);
@@ -420,13 +427,14 @@ impl Streams<'_> {
             StreamEnd { stream, result: task.run(asked).await }
         });
         self.running.insert(stream, Running { assignment, asks });
-        stream
     }
 
-    /// Lets the streams put their connections back. Streams that are still connecting are not waited for.
+    /// Lets the streams put their connections back, which takes no network. Those that are still connecting or receiving
+    /// a chunk that came from elsewhere are not waited for.
     async fn finish(mut self) {
         self.running.clear();
-        while let Ok(Some(_)) = timeout(RETRY_PAUSE, self.tasks.join_next()).await {}
+        let all_back = async { while self.tasks.join_next().await.is_some() {} };
+        let _ = timeout(POOL_RETURN_WAIT, all_back).await;
     }
 }
 

@@ -30,7 +30,7 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
 
 /// The two files of an unfinished blob. The journal is locked, so that two processes cannot write the same one.
 #[derive(Debug)]
-pub(super) struct PartialFile {
+pub(crate) struct PartialFile {
     path: PathBuf,
     content: File,
     journal: File,
@@ -40,7 +40,7 @@ pub(super) struct PartialFile {
 impl PartialFile {
     /// Opens or creates the partial file for `path`, with the hashes of the chunks that are really there.
     /// `WouldBlock` when another process is at it.
-    pub(super) fn open(
+    pub(crate) fn open(
         path: &Path,
         expected: ContentHash,
         blob_bytes: u64,

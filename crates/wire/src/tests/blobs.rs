@@ -354,3 +354,25 @@ async fn a_chunk_longer_than_asked_for_is_refused() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_file_that_cannot_be_written_is_named() {
+    bounded(async {
+        let content = random_bytes(13, 100);
+        let (holder, _) = serve(shelf(delta(1), &content)).await;
+        let wanted = request(delta(1), &content, vec![holder], 1);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("missing").join("blob");
+        let error = client().fetch_to_file(&wanted, &path).await.unwrap_err();
+        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        assert!(error.hint().unwrap().contains("df -h"), "{:?}", error.hint());
+        let path = folder.path().join("blob");
+        let (other, _) = crate::blob::file::PartialFile::open(&path, wanted.hash, wanted.bytes).unwrap();
+        let error = client().fetch_to_file(&wanted, &path).await.unwrap_err();
+        assert!(matches!(error, FetchError::Busy { .. }), "{error}");
+        drop(other);
+        client().fetch_to_file(&wanted, &path).await.unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), content);
+    })
+    .await;
+}
