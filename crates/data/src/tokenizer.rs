@@ -8,9 +8,11 @@
 use crate::corpus::{Corpus, CorpusError};
 use crate::documents::cut_at_line;
 use base::{ContentHash, Hint};
+use std::collections::HashMap;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use tokenizers::decoders::byte_level::ByteLevel as ByteLevelDecoder;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -37,8 +39,14 @@ pub const VOCABULARY_SIZE_MAX: usize = 1 << 24;
 /// Largest `tokenizer.json` read: the vocabularies in use (256,000 tokens with merges) take some 35 MB.
 pub const TOKENIZER_JSON_BYTES_MAX: u64 = 256 << 20;
 
-/// Text encoded at once, bytes, where a cut cannot change a token: keeps the working set in the second-level cache.
+/// Text that training looks at in one piece, bytes: the pre-tokenizer takes some 50 times that.
 const SEGMENT_BYTES: usize = 32 * 1024;
+
+/// Longest piece of text whose tokens are remembered, bytes: nearly all words with what follows them are shorter.
+const WORD_BYTES_MAX: usize = 64;
+
+/// Pieces remembered by one encoding thread: at some 150 bytes each, 10 MB. Then it forgets all and begins anew.
+const WORDS_REMEMBERED_MAX: usize = 1 << 16;
 
 /// A tokenizer and its content hash.
 pub struct TextTokenizer {
@@ -49,7 +57,12 @@ pub struct TextTokenizer {
     /// UTF-8 bytes by token id.
     token_bytes: Vec<u32>,
     cuts_at_spaces: bool,
+    /// Remembered words that no thread is using: at most as many as there have been encoding threads at once.
+    words: Mutex<Vec<Words>>,
 }
+
+/// Tokens of short pieces of text. A piece between two cuts always has the same tokens, and text repeats its words.
+type Words = HashMap<Box<str>, Box<[u32]>>;
 
 /// Where the tokenizer of a new run comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,7 +144,7 @@ impl TextTokenizer {
         let mut tokenizer = Tokenizer::new(BPE::default());
         tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
         tokenizer.with_decoder(Some(ByteLevelDecoder::new(false, true, true)));
-        let segments = sample.iter().flat_map(|text| segments(text));
+        let segments = sample.iter().flat_map(|text| segments(text, SEGMENT_BYTES));
         tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), segments).map_err(|e| format_error(&e))?;
         let json = tokenizer.to_string(false).map_err(|e| format_error(&e))?;
         Self::from_bytes(json.into_bytes())
@@ -172,7 +185,8 @@ impl TextTokenizer {
             .find_map(|name| tokenizer.token_to_id(name))
             .ok_or(TokenizerError::NoEndOfText { vocabulary_size: token_bytes.len() })?;
         let hash = ContentHash::of(&json);
-        Ok(Self { cuts_at_spaces: cuts_at_spaces(&settings), tokenizer, json, hash, end_of_text, token_bytes })
+        let (cuts_at_spaces, words) = (cuts_at_spaces(&settings), Mutex::default());
+        Ok(Self { tokenizer, json, hash, end_of_text, token_bytes, cuts_at_spaces, words })
     }
 
     /// The bytes of its `tokenizer.json`; their hash is [`TextTokenizer::hash`].
@@ -206,14 +220,38 @@ impl TextTokenizer {
     /// # Errors
     /// The tokenizer has no token for some of the text (byte-level ones always have).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let mut tokens = Vec::with_capacity(text.len() / 3);
-        let whole = std::iter::once(text).filter(|_| !self.cuts_at_spaces);
-        for segment in whole.chain(segments(text).filter(|_| self.cuts_at_spaces)) {
-            let encoding =
-                self.tokenizer.encode_fast(segment, false).map_err(|e| TokenizerError::Text(e.to_string()))?;
-            tokens.extend_from_slice(encoding.get_ids());
+        if !self.cuts_at_spaces {
+            return self.encode_piece(text);
         }
+        let pool = || self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut words = pool().pop().unwrap_or_default();
+        let mut tokens = Vec::with_capacity(text.len() / 3);
+        for piece in segments(text, 1) {
+            self.append_piece(piece, &mut words, &mut tokens)?;
+        }
+        pool().push(words);
         Ok(tokens)
+    }
+
+    fn append_piece(&self, piece: &str, words: &mut Words, tokens: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        if let Some(known) = words.get(piece) {
+            tokens.extend_from_slice(known);
+            return Ok(());
+        }
+        let encoded = self.encode_piece(piece)?;
+        tokens.extend_from_slice(&encoded);
+        if piece.len() <= WORD_BYTES_MAX {
+            if words.len() == WORDS_REMEMBERED_MAX {
+                words.clear();
+            }
+            words.insert(piece.into(), encoded.into());
+        }
+        Ok(())
+    }
+
+    fn encode_piece(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| TokenizerError::Text(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// Text of some tokens; special tokens are left out, and bytes that are not UTF-8 become U+FFFD.
@@ -274,25 +312,26 @@ fn middle(text: &str, bytes_max: usize) -> &str {
     &rest[..if rest.len() > bytes_max { cut_at_line(rest, bytes_max) } else { rest.len() }]
 }
 
-/// Cuts a text into pieces of about [`SEGMENT_BYTES`], only before a single space between two ASCII words.
-fn segments(text: &str) -> impl Iterator<Item = &str> {
+/// Cuts a text into pieces of at least `bytes_min`, only before a single space between two ASCII words.
+fn segments(text: &str, bytes_min: usize) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
-        let (segment, after) = rest.split_at(segment_end(rest));
+        let (segment, after) = rest.split_at(segment_end(rest, bytes_min));
         rest = after;
         (!segment.is_empty()).then_some(segment)
     })
 }
 
-fn segment_end(text: &str) -> usize {
+/// `bytes_min` is at least 1.
+fn segment_end(text: &str, bytes_min: usize) -> usize {
     let bytes = text.as_bytes();
     let is_cut =
-        |at: &usize| bytes[at - 1].is_ascii_alphanumeric() && bytes[*at] == b' ' && bytes[at + 1].is_ascii_alphabetic();
-    (SEGMENT_BYTES..bytes.len().saturating_sub(1)).find(is_cut).unwrap_or(bytes.len())
+        |at: &usize| bytes[*at] == b' ' && bytes[at - 1].is_ascii_alphanumeric() && bytes[at + 1].is_ascii_alphabetic();
+    (bytes_min..bytes.len().saturating_sub(1)).find(is_cut).unwrap_or(bytes.len())
 }
 
-/// Whether cutting before a space between two words leaves every token as it is: there is no normaliser, and a
-/// word takes at most the one space before it. So it is with the patterns of GPT-2, GPT-4, Llama 3 and Qwen
+/// Whether cutting before a space between two words leaves every token as it is: there is no normaliser, no
+/// added token spans such a cut, and a word takes at most the one space before it. So it is with the patterns of GPT-2, GPT-4, Llama 3 and Qwen
 /// (all of which contain the look-ahead below); not with SentencePiece's models, whose tokens may span spaces.
 fn cuts_at_spaces(settings: &serde_json::Value) -> bool {
     let is_word_split = |step: &serde_json::Value| match step["type"].as_str() {
@@ -300,9 +339,12 @@ fn cuts_at_spaces(settings: &serde_json::Value) -> bool {
         Some("Split") => step["pattern"]["Regex"].as_str().is_some_and(|regex| regex.contains(r"\s+(?!\S)")),
         _ => false,
     };
+    let added = settings["added_tokens"].as_array();
+    let is_cut_in_two = |token: &serde_json::Value| segments(token["content"].as_str().unwrap_or(""), 1).count() > 1;
     let pre_tokenizer = &settings["pre_tokenizer"];
     let steps = pre_tokenizer["pretokenizers"].as_array();
     settings["normalizer"].is_null()
+        && !added.is_some_and(|tokens| tokens.iter().any(is_cut_in_two))
         && (is_word_split(pre_tokenizer) || steps.is_some_and(|steps| steps.iter().any(is_word_split)))
 }
 
@@ -385,11 +427,28 @@ mod tests {
     fn segments_change_no_token() {
         let tokenizer = trained();
         assert!(tokenizer.cuts_at_spaces);
-        let text = format!("{}{}", TEXT.repeat(700), include_str!("tokenizer.rs").repeat(4));
-        assert!(segments(&text).count() > 2, "{} bytes", text.len());
-        assert_eq!(segments(&text).collect::<String>(), text);
+        let numbered: String = (0..WORDS_REMEMBERED_MAX + 1_000).map(|i| format!("word {i} w{i} ")).collect();
+        let text = format!("{}{}{numbered}", TEXT.repeat(100), include_str!("tokenizer.rs"));
+        assert!(segments(&text, SEGMENT_BYTES).count() > 2 && segments(&text, 1).count() > WORDS_REMEMBERED_MAX);
+        assert_eq!(segments(&text, 1).collect::<String>(), text);
         let whole = tokenizer.tokenizer.encode_fast(text.as_str(), false).unwrap();
-        assert_eq!(tokenizer.encode(&text).unwrap(), whole.get_ids());
+        for _ in 0..2 {
+            assert!(tokenizer.encode(&text).unwrap() == whole.get_ids(), "also with what the first time remembered");
+        }
+    }
+
+    #[test]
+    fn only_patterns_that_split_words_are_cut() {
+        let gpt4 = serde_json::json!({ "type": "Split", "pattern": { "Regex": r"\p{L}+|\s+(?!\S)|\s+" } });
+        let bytes = serde_json::json!({ "type": "ByteLevel", "use_regex": false });
+        let cuts = |value: serde_json::Value| cuts_at_spaces(&value);
+        let sequence = serde_json::json!({ "type": "Sequence", "pretokenizers": [gpt4, bytes] });
+        assert!(cuts(serde_json::json!({ "pre_tokenizer": sequence })));
+        assert!(!cuts(serde_json::json!({ "pre_tokenizer": sequence, "normalizer": { "type": "Lowercase" } })));
+        assert!(!cuts(serde_json::json!({ "pre_tokenizer": sequence, "added_tokens": [{ "content": "New York" }] })));
+        assert!(!cuts(serde_json::json!({ "pre_tokenizer": bytes })));
+        assert!(!cuts(serde_json::json!({ "pre_tokenizer": { "type": "Metaspace" } })));
+        assert!(!cuts(serde_json::json!({ "pre_tokenizer": null })));
     }
 
     #[test]
