@@ -4,6 +4,11 @@
 //! sites or the network. What it exchanges with the host is flat f32 in the order of its
 //! [`ParameterSchema`], whatever it computes in.
 
+pub mod conformance;
+mod initial;
+
+pub use initial::initial_parameters;
+
 use base::{Fragment, Hint, NamedTensors, ParameterSchema, TokenBatch};
 
 /// What one forward and backward pass over a batch gave.

@@ -1,0 +1,11 @@
+//! The suite that every engine passes, on both implementations of the blocks.
+
+use engine::conformance;
+use engine_burn::{BlockKernels, BurnEngine};
+
+#[test]
+fn composed_blocks_conform() {
+    conformance::run_all(&|shape, train, initial| {
+        Box::new(BurnEngine::with_kernels(shape, train, "flex", initial, BlockKernels::Composed).unwrap())
+    });
+}

@@ -1,0 +1,398 @@
+//! What every engine must do, as functions over a factory: call [`run_all`] from an engine's tests.
+//!
+//! Each check panics with what it found, as a test does. The models are tiny (about 6,000 parameters), so that a
+//! check takes milliseconds on a CPU. Tolerances are for f32 arithmetic; an engine that computes in less must not
+//! claim to pass.
+
+use crate::{Engine, EngineError, initial_parameters};
+use base::config::{InnerOptimizer, TrainSection};
+use base::random::Random;
+use base::{Fragment, ModelShape, NamedTensors, TokenBatch};
+
+/// Builds the engine under test from a shape, settings and initial parameters.
+pub type Factory<'a> = dyn Fn(&ModelShape, &TrainSection, &NamedTensors) -> Box<dyn Engine> + 'a;
+
+/// Runs every check.
+pub fn run_all(factory: &Factory<'_>) {
+    for tied in [false, true] {
+        let shape = tiny_shape(tied);
+        loss_at_start_is_that_of_guessing(factory, &shape);
+        gradient_equals_finite_differences(factory, &shape);
+        gradient_changes_nothing(factory, &shape);
+        sgd_step_follows_the_gradient(factory, &shape);
+        accumulation_equals_the_full_batch(factory, &shape);
+        evaluation_and_logits_agree_with_the_loss(factory, &shape);
+        future_tokens_change_nothing(factory, &shape);
+        fragments_round_trip(factory, &shape);
+        restored_engine_continues_with_the_same_bits(factory, &shape);
+        training_lowers_the_loss(factory, &shape);
+    }
+    let shape = tiny_shape(false);
+    clipping_bounds_the_step(factory, &shape);
+    numbers_that_are_not_finite_are_refused(factory, &shape);
+    batches_that_do_not_fit_are_refused(factory, &shape);
+    states_that_do_not_fit_are_refused(factory, &shape);
+}
+
+/// A model of about 6,000 parameters with grouped-query attention (4 query heads over 2).
+pub fn tiny_shape(tie_word_embeddings: bool) -> ModelShape {
+    ModelShape {
+        vocab_size: 29,
+        hidden_size: 16,
+        intermediate_size: 24,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        max_position_embeddings: 16,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings,
+    }
+}
+
+/// Random tokens below the vocabulary size.
+pub fn random_batch(shape: &ModelShape, samples: usize, sequence_length: usize, seed: u64) -> TokenBatch {
+    let mut random = Random::new(seed, 0);
+    let tokens = (0..samples * (sequence_length + 1)).map(|_| random.next_below(shape.vocab_size as u64) as u32);
+    TokenBatch { samples, sequence_length, tokens: tokens.collect() }
+}
+
+/// Initial parameters five times as large and with uneven norm weights: attention is then far from uniform, and a wrong
+/// derivative of any part shows.
+pub fn lively_parameters(shape: &ModelShape, seed: u64) -> NamedTensors {
+    let mut named = initial_parameters(shape, seed);
+    let mut random = Random::new(seed, 1 << 32);
+    for tensor in named.values_mut() {
+        match tensor.shape.len() {
+            1 => tensor.values.iter_mut().for_each(|w| *w = 1.0 + 0.2 * random.next_normal()),
+            _ => tensor.values.iter_mut().for_each(|w| *w *= 10.0),
+        }
+    }
+    named
+}
+
+fn sgd() -> TrainSection {
+    TrainSection { optimizer: InnerOptimizer::Sgd, gradient_clip_norm: 0.0, ..TrainSection::default() }
+}
+
+fn parameters_of(engine: &mut dyn Engine) -> Vec<f32> {
+    let whole = engine.schema().whole();
+    let mut values = vec![0.0; whole.elements()];
+    expect_ok("read_fragment", engine.read_fragment(&whole, &mut values));
+    values
+}
+
+fn gradient_of(engine: &mut dyn Engine, batch: &TokenBatch) -> Vec<f32> {
+    let mut gradient = vec![f32::NAN; engine.schema().elements()];
+    expect_ok("gradient", engine.gradient(batch, &mut gradient));
+    gradient
+}
+
+fn expect_ok<T>(call: &str, result: Result<T, EngineError>) -> T {
+    result.unwrap_or_else(|error| panic!("{call} failed: {error}"))
+}
+
+fn norm(values: impl Iterator<Item = f32>) -> f64 {
+    values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt()
+}
+
+/// ‖a − b‖ / ‖b‖ over the whole vector.
+fn relative_distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    norm(a.iter().zip(b).map(|(a, b)| a - b)) / norm(b.iter().copied()).max(f64::MIN_POSITIVE)
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// With small random weights every token is about equally likely: the loss is ln V.
+pub fn loss_at_start_is_that_of_guessing(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &sgd(), &initial_parameters(shape, 1));
+    let loss = expect_ok("evaluate", engine.evaluate(&random_batch(shape, 8, 16, 2)));
+    let mean = loss.nats / loss.tokens as f64;
+    let guessing = (shape.vocab_size as f64).ln();
+    assert!((mean - guessing).abs() < 0.05, "{mean} nats per token where guessing gives {guessing}");
+}
+
+/// (L(p + h·u) − L(p − h·u)) / 2h against g·u, for u along the gradient and along random directions of each tensor.
+pub fn gradient_equals_finite_differences(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &sgd(), &lively_parameters(shape, 3));
+    let batch = random_batch(shape, 3, 11, 4);
+    let gradient = gradient_of(&mut *engine, &batch);
+    let start = parameters_of(&mut *engine);
+    let parameters = engine.schema().parameters().to_vec();
+    let mut random = Random::new(5, 0);
+    for parameter in parameters {
+        // Half the tensor's own gradient, half random: large enough to stand above rounding, blind to nothing.
+        let own = &gradient[parameter.range.clone()];
+        let own_norm = norm(own.iter().copied()).max(1e-12) as f32;
+        let root = (own.len() as f32).sqrt();
+        let direction: Vec<f32> = own.iter().map(|g| g / own_norm + 0.5 * random.next_normal() / root).collect();
+        let slope: f64 = own.iter().zip(&direction).map(|(g, u)| f64::from(*g) * f64::from(*u)).sum();
+        // A step of 1e-2: truncation is of order h² = 1e-4, rounding of order 1e-7 · ln V / h = 3e-5.
+        let step = 1e-2;
+        let found = central_difference(&mut *engine, &batch, &start, parameter.range.start, &direction, step);
+        let tolerance = 0.02 * slope.abs() + 2e-4;
+        assert!((found - slope).abs() < tolerance, "{}: slope {slope}, differences {found}", parameter.name);
+    }
+}
+
+fn central_difference(
+    engine: &mut dyn Engine,
+    batch: &TokenBatch,
+    start: &[f32],
+    offset: usize,
+    direction: &[f32],
+    step: f32,
+) -> f64 {
+    let whole = engine.schema().whole();
+    let mut mean_loss = |sign: f32| {
+        let mut moved = start.to_vec();
+        for (value, u) in moved[offset..].iter_mut().zip(direction) {
+            *value += sign * step * u;
+        }
+        expect_ok("write_fragment", engine.write_fragment(&whole, &moved));
+        let loss = expect_ok("evaluate", engine.evaluate(batch));
+        loss.nats / loss.tokens as f64
+    };
+    (mean_loss(1.0) - mean_loss(-1.0)) / (2.0 * f64::from(step))
+}
+
+/// `gradient` is a question, not a step.
+pub fn gradient_changes_nothing(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &TrainSection::default(), &initial_parameters(shape, 1));
+    let batch = random_batch(shape, 2, 8, 2);
+    expect_ok("inner_step", engine.inner_step(&batch, 1e-3));
+    let before = expect_ok("save", engine.save());
+    let first = gradient_of(&mut *engine, &batch);
+    assert_eq!(bits(&first), bits(&gradient_of(&mut *engine, &batch)), "the same gradient twice");
+    assert_eq!(before, expect_ok("save", engine.save()));
+}
+
+/// One SGD step is p − lr·g, and reports the gradient's norm.
+pub fn sgd_step_follows_the_gradient(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &sgd(), &lively_parameters(shape, 6));
+    let batch = random_batch(shape, 3, 9, 7);
+    let before = parameters_of(&mut *engine);
+    let gradient = gradient_of(&mut *engine, &batch);
+    let report = expect_ok("inner_step", engine.inner_step(&batch, 0.1));
+    let expected: Vec<f32> = before.iter().zip(&gradient).map(|(p, g)| p - 0.1 * g).collect();
+    let found = parameters_of(&mut *engine);
+    // One rounding of p and one of lr·g apart.
+    for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        assert!((found - expected).abs() <= 2e-7 * expected.abs().max(1.0), "{index}: {found} and {expected}");
+    }
+    assert_eq!(report.tokens, 27);
+    let expected_norm = norm(gradient.iter().copied());
+    assert!((report.gradient_norm / expected_norm - 1.0).abs() < 1e-5, "{} {expected_norm}", report.gradient_norm);
+}
+
+/// Micro-batches of 2 + 2 + 1 samples give the gradient and the loss of 5 at once: weights are tokens, not parts.
+pub fn accumulation_equals_the_full_batch(factory: &Factory<'_>, shape: &ModelShape) {
+    let batch = random_batch(shape, 5, 10, 8);
+    let initial = lively_parameters(shape, 9);
+    let of = |micro_batch_samples: usize| {
+        let mut engine = factory(shape, &TrainSection { micro_batch_samples, ..sgd() }, &initial);
+        let mut gradient = vec![0.0; engine.schema().elements()];
+        let report = expect_ok("gradient", engine.gradient(&batch, &mut gradient));
+        (report.loss_nats, gradient, expect_ok("evaluate", engine.evaluate(&batch)))
+    };
+    let (full_loss, full, full_sum) = of(8);
+    let (loss, accumulated, sum) = of(2);
+    let distance = relative_distance(&accumulated, &full);
+    assert!(distance < 3e-6, "accumulated and full gradient differ by {distance}");
+    assert!((loss - full_loss).abs() < 2e-6 * full_loss, "{loss} and {full_loss}");
+    assert!((sum.nats - full_sum.nats).abs() < 2e-6 * full_sum.nats);
+    assert_eq!(sum.tokens, full_sum.tokens);
+}
+
+/// Loss reported by a step, by `evaluate` and computed here from `logits` are one.
+pub fn evaluation_and_logits_agree_with_the_loss(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &sgd(), &lively_parameters(shape, 10));
+    let batch = random_batch(shape, 1, 12, 11);
+    let evaluated = expect_ok("evaluate", engine.evaluate(&batch));
+    let logits = expect_ok("logits", engine.logits(&batch.tokens[..12]));
+    assert_eq!(logits.len(), 12 * shape.vocab_size);
+    let rows = logits.chunks_exact(shape.vocab_size).zip(&batch.tokens[1..]);
+    let nats: f64 = rows.map(|(row, target)| cross_entropy(row, *target)).sum();
+    let stepped = expect_ok("inner_step", engine.inner_step(&batch, 0.0)).loss_nats * 12.0;
+    assert!((nats - evaluated.nats).abs() < 1e-5 * nats, "{nats} from logits, {} evaluated", evaluated.nats);
+    assert!((nats - stepped).abs() < 1e-5 * nats, "{nats} from logits, {stepped} from a step");
+}
+
+fn cross_entropy(logits: &[f32], target: u32) -> f64 {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|x| f64::from(x - highest).exp()).sum();
+    sum.ln() - f64::from(logits[target as usize] - highest)
+}
+
+/// Causality: logits of the first positions do not depend on the tokens that follow.
+pub fn future_tokens_change_nothing(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &sgd(), &lively_parameters(shape, 12));
+    let tokens = random_batch(shape, 1, 13, 13).tokens;
+    let long = expect_ok("logits", engine.logits(&tokens));
+    let short = expect_ok("logits", engine.logits(&tokens[..9]));
+    let distance = relative_distance(&long[..short.len()], &short);
+    assert!(distance < 1e-6, "logits of 9 positions change by {distance} when 5 tokens follow");
+}
+
+/// What is written is read back, to the bit, and the rest stays.
+pub fn fragments_round_trip(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &sgd(), &initial_parameters(shape, 14));
+    let before = parameters_of(&mut *engine);
+    let elements = before.len();
+    // Across the borders of tensors, a single element, and the end.
+    let fragment = Fragment { index: 1, ranges: vec![3..700, 901..902, elements - 40..elements] };
+    let values: Vec<f32> = (0..fragment.elements()).map(|i| i as f32 * 0.25 - 7.0).collect();
+    expect_ok("write_fragment", engine.write_fragment(&fragment, &values));
+    let mut read = vec![0.0; values.len()];
+    expect_ok("read_fragment", engine.read_fragment(&fragment, &mut read));
+    assert_eq!(bits(&read), bits(&values));
+    let mut expected = before;
+    let mut rest = &values[..];
+    for range in &fragment.ranges {
+        let (part, after) = rest.split_at(range.len());
+        expected[range.clone()].copy_from_slice(part);
+        rest = after;
+    }
+    assert_eq!(bits(&parameters_of(&mut *engine)), bits(&expected));
+    let mut short = vec![0.0; values.len() - 1];
+    assert!(matches!(engine.read_fragment(&fragment, &mut short), Err(EngineError::Shape { .. })));
+    assert!(matches!(engine.write_fragment(&fragment, &short), Err(EngineError::Shape { .. })));
+    let outside = Fragment { index: 1, ranges: std::iter::once(elements - 1..elements + 1).collect() };
+    assert!(matches!(engine.write_fragment(&outside, &[0.0; 2]), Err(EngineError::Shape { .. })));
+}
+
+/// 8 steps are 4 steps, save, restore into another engine, 4 steps: all bits of parameters and moments; and a run
+/// repeats itself.
+pub fn restored_engine_continues_with_the_same_bits(factory: &Factory<'_>, shape: &ModelShape) {
+    let train = TrainSection::default();
+    let initial = initial_parameters(shape, 15);
+    let steps = |engine: &mut dyn Engine, range: std::ops::Range<u64>| {
+        for step in range {
+            expect_ok("inner_step", engine.inner_step(&random_batch(shape, 4, 12, 100 + step), 1e-2));
+        }
+    };
+    let run = || {
+        let mut engine = factory(shape, &train, &initial);
+        steps(&mut *engine, 0..8);
+        expect_ok("save", engine.save())
+    };
+    let uninterrupted = run();
+    assert_eq!(uninterrupted.optimizer_steps, 8);
+    assert_eq!(run(), uninterrupted, "two runs with the same seed");
+    let mut first = factory(shape, &train, &initial);
+    steps(&mut *first, 0..4);
+    let state = expect_ok("save", first.save());
+    let mut second = factory(shape, &train, &initial_parameters(shape, 16));
+    steps(&mut *second, 0..2);
+    expect_ok("restore", second.restore(&state));
+    steps(&mut *second, 4..8);
+    assert_eq!(expect_ok("save", second.save()), uninterrupted);
+}
+
+/// Thirty AdamW steps on one batch learn it at least by half.
+pub fn training_lowers_the_loss(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &TrainSection::default(), &initial_parameters(shape, 17));
+    let batch = random_batch(shape, 2, 12, 18);
+    let first = expect_ok("inner_step", engine.inner_step(&batch, 1e-2)).loss_nats;
+    for _ in 0..29 {
+        expect_ok("inner_step", engine.inner_step(&batch, 1e-2));
+    }
+    let last = expect_ok("evaluate", engine.evaluate(&batch));
+    let last = last.nats / last.tokens as f64;
+    assert!(last < 0.5 * first, "{first} nats before, {last} after 30 steps on the same batch");
+}
+
+/// A clipped SGD step has length lr·clip, and a gradient under the bound is left alone.
+pub fn clipping_bounds_the_step(factory: &Factory<'_>, shape: &ModelShape) {
+    let batch = random_batch(shape, 2, 10, 19);
+    let initial = lively_parameters(shape, 20);
+    let step_length = |gradient_clip_norm: f64| {
+        let mut engine = factory(shape, &TrainSection { gradient_clip_norm, ..sgd() }, &initial);
+        let before = parameters_of(&mut *engine);
+        let report = expect_ok("inner_step", engine.inner_step(&batch, 1.0));
+        let after = parameters_of(&mut *engine);
+        (norm(after.iter().zip(&before).map(|(a, b)| a - b)), report.gradient_norm)
+    };
+    let (free, gradient_norm) = step_length(0.0);
+    assert!((free / gradient_norm - 1.0).abs() < 1e-4, "{free} for a gradient of norm {gradient_norm}");
+    let (clipped, reported) = step_length(gradient_norm / 4.0);
+    assert!((clipped / (gradient_norm / 4.0) - 1.0).abs() < 1e-4, "{clipped} is not a quarter of {gradient_norm}");
+    assert!((reported / gradient_norm - 1.0).abs() < 1e-6, "the norm before clipping is reported");
+    let (loose, _) = step_length(gradient_norm * 4.0);
+    assert!((loose / gradient_norm - 1.0).abs() < 1e-4, "{loose} for a gradient under the bound");
+}
+
+/// A weight that is NaN, or so large that the loss overflows, ends the step before anything changes.
+pub fn numbers_that_are_not_finite_are_refused(factory: &Factory<'_>, shape: &ModelShape) {
+    let batch = random_batch(shape, 2, 8, 21);
+    for poison in [f32::NAN, f32::INFINITY] {
+        let mut engine = factory(shape, &TrainSection::default(), &initial_parameters(shape, 22));
+        expect_ok("inner_step", engine.inner_step(&batch, 1e-3));
+        let row = engine.schema().find("model.layers.1.mlp.gate_proj.weight").map(|p| p.range.start).unwrap_or(0);
+        let fragment = Fragment { index: 0, ranges: std::iter::once(row..row + 1).collect() };
+        expect_ok("write_fragment", engine.write_fragment(&fragment, &[poison]));
+        let before = expect_ok("save", engine.save());
+        let refused = engine.inner_step(&batch, 1e-3);
+        assert!(matches!(refused, Err(EngineError::NotFinite { .. })), "{poison} gave {refused:?}");
+        let after = expect_ok("save", engine.save());
+        // NaN is not equal to itself: compare everything but the poisoned tensor, and the count.
+        assert_eq!(before.optimizer_steps, after.optimizer_steps);
+        assert_eq!(before.first_moments, after.first_moments);
+        let others = |state: &crate::EngineState| {
+            let mut tensors = state.parameters.clone();
+            tensors.remove("model.layers.1.mlp.gate_proj.weight");
+            tensors
+        };
+        assert_eq!(others(&before), others(&after));
+    }
+}
+
+/// Tokens outside the vocabulary, wrong lengths, too long sequences, nothing at all.
+pub fn batches_that_do_not_fit_are_refused(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &TrainSection::default(), &initial_parameters(shape, 23));
+    let good = random_batch(shape, 2, 8, 24);
+    let mut outside = good.clone();
+    outside.tokens[5] = shape.vocab_size as u32;
+    let mut short = good.clone();
+    short.tokens.pop();
+    let long = random_batch(shape, 1, shape.max_position_embeddings + 1, 25);
+    let empty = TokenBatch { samples: 0, sequence_length: 8, tokens: Vec::new() };
+    let overflowing = TokenBatch { samples: usize::MAX, sequence_length: 8, tokens: good.tokens.clone() };
+    let before = parameters_of(&mut *engine);
+    for (name, batch) in
+        [("outside", outside), ("short", short), ("long", long), ("empty", empty), ("overflowing", overflowing)]
+    {
+        let stepped = engine.inner_step(&batch, 1e-3);
+        assert!(matches!(stepped, Err(EngineError::Shape { .. })), "{name}: {stepped:?}");
+        assert!(matches!(engine.evaluate(&batch), Err(EngineError::Shape { .. })), "{name}");
+    }
+    assert_eq!(bits(&before), bits(&parameters_of(&mut *engine)));
+    let tokens = vec![0; shape.max_position_embeddings + 1];
+    assert!(matches!(engine.logits(&tokens), Err(EngineError::Shape { .. })));
+    assert!(matches!(engine.logits(&[]), Err(EngineError::Shape { .. })));
+    assert!(matches!(engine.logits(&[shape.vocab_size as u32]), Err(EngineError::Shape { .. })));
+    let mut wrong_length = vec![0.0; 3];
+    assert!(matches!(engine.gradient(&good, &mut wrong_length), Err(EngineError::Shape { .. })));
+}
+
+/// A state of another model is refused, and the engine stays as it was.
+pub fn states_that_do_not_fit_are_refused(factory: &Factory<'_>, shape: &ModelShape) {
+    let mut engine = factory(shape, &TrainSection::default(), &initial_parameters(shape, 26));
+    expect_ok("inner_step", engine.inner_step(&random_batch(shape, 2, 8, 27), 1e-3));
+    let before = expect_ok("save", engine.save());
+    let mut missing = before.clone();
+    missing.parameters.remove("model.norm.weight");
+    let mut reshaped = before.clone();
+    if let Some(tensor) = reshaped.second_moments.get_mut("model.norm.weight") {
+        tensor.values.pop();
+    }
+    let mut halved = before.clone();
+    halved.first_moments.clear();
+    for state in [missing, reshaped, halved] {
+        assert!(matches!(engine.restore(&state), Err(EngineError::Shape { .. })));
+        assert_eq!(before, expect_ok("save", engine.save()));
+    }
+}
