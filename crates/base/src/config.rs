@@ -3,6 +3,7 @@
 //! Unknown keys are errors with a suggestion. The text itself travels to every site and its hash is compared,
 //! so that no two sites can train by different files.
 
+use crate::hash::ContentHash;
 use crate::hint::Hint;
 use crate::shape::{ModelShape, ShapeError};
 use serde::{Deserialize, Serialize};
@@ -291,6 +292,12 @@ impl RunConfig {
     /// The same settings as a `run.toml` without comments.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).unwrap_or_else(|error| unreachable!("every field of RunConfig is representable: {error}"))
+    }
+
+    /// What two machines must have in common to train the same model: BLAKE3 of `[run]` and `[model]`.
+    pub fn model_hash(&self) -> ContentHash {
+        let fixed = Self { run: self.run.clone(), ..Self::new("x", self.model.clone()) };
+        ContentHash::of(fixed.to_toml().as_bytes())
     }
 
     /// Inner steps in one round: `inner_steps`, or 1 where gradients are merged each step.

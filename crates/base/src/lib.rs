@@ -8,6 +8,7 @@ pub mod config;
 pub mod hash;
 pub mod hint;
 pub mod ids;
+pub mod layout;
 pub mod random;
 pub mod schema;
 pub mod shape;

@@ -6,10 +6,12 @@
 
 pub mod event;
 pub mod log;
+pub mod reporter;
 pub mod terminal;
 pub mod view;
 
 pub use event::{Event, LeaseShare, LedgerCounts, Record};
 pub use log::{EventLog, Follower, LogError, read};
+pub use reporter::{Reporter, Watcher};
 pub use terminal::{EtaModel, Mode, Position, Progress};
 pub use view::RunView;

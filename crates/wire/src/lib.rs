@@ -14,6 +14,7 @@ pub mod identity;
 pub mod invite;
 pub mod limits;
 pub mod listener;
+pub mod message;
 pub mod preamble;
 #[cfg(test)]
 mod tests;

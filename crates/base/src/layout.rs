@@ -1,0 +1,23 @@
+//! What lies where in a run's folder: the same on the coordinator's machine and at each site.
+//!
+//! ```text
+//! run.toml                      settings (base::config)
+//! data/                         manifest.json, tokenizer.json, token shards (data)
+//! checkpoints/round-00000000/   the initial state, written by `beringia init`; later ones beside it (checkpoint)
+//! events.jsonl                  what happened (telemetry)
+//! identity.pem                  this machine's key (wire)
+//! coordinator.jsonl             the coordinator's durable log (coordinator)
+//! ```
+
+/// Settings.
+pub const RUN_FILE: &str = "run.toml";
+/// Token shards, tokenizer and manifest.
+pub const DATA_FOLDER: &str = "data";
+/// Checkpoints.
+pub const CHECKPOINTS_FOLDER: &str = "checkpoints";
+/// The initial state, among the checkpoints.
+pub const INITIAL_CHECKPOINT: &str = "round-00000000";
+/// Event log.
+pub const EVENTS_FILE: &str = "events.jsonl";
+/// The coordinator's durable log.
+pub const COORDINATOR_LOG: &str = "coordinator.jsonl";

@@ -1,0 +1,608 @@
+//! The agent: one site of a run, from the invite to the last commit.
+//!
+//! A loop over what can happen (a directive, a result of the engine, a fetched delta, a visitor, a signal) feeds the
+//! pure [`Member`] and does what it says. Nothing in the loop waits: the engine has its own thread, transfers are tasks.
+
+use crate::exchange::{SharedState, Shelf, decode_delta};
+use crate::folder::{FolderError, RunFolder};
+use crate::join::{JoinError, conversation, fetch_run, greet};
+use crate::state::TrainingState;
+use crate::trainer::{TrainError, Trainer};
+use crate::worker::{Done, Job, Worker};
+use base::{ContentHash, Hint, Round, RunConfig, SiteId};
+use bytes::Bytes;
+use engine::Engine;
+use rounds::{Commit, Contributor, Directive, LeaveReason, Member, MemberCommand, MemberEvent, Report};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use telemetry::{Event, Reporter};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use wire::message::{FromCoordinator, FromSite, SiteHello};
+use wire::{
+    BlobClient, BlobKey, BlobRequest, Holder, Identity, IdentityError, Incoming, Invite, ListenError, Listener,
+    ListenerEvent, Purpose, Sender, Traffic,
+};
+
+/// A site says that it is there this often; the coordinator gives up after several are missing.
+const PULSE: Duration = Duration::from_secs(2);
+
+/// The coordinator pulses too: silence for this long means that it is gone.
+const COORDINATOR_SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// Pause before a delta or a state that could not be fetched is asked for again.
+const FETCH_AGAIN: Duration = Duration::from_secs(1);
+
+/// Streams for one delta or state.
+const BULK_STREAMS: usize = 4;
+
+/// Results that may wait for the loop: the engine gives a handful for each job.
+const RESULTS_MAX: usize = 256;
+
+/// How to take part.
+#[derive(Debug, Clone)]
+pub struct JoinOptions {
+    /// From `beringia serve`.
+    pub invite: Invite,
+    /// Where this site keeps the run.
+    pub folder: RunFolder,
+    /// For people.
+    pub name: String,
+    /// Where to listen for the other sites; port 0 takes any.
+    pub listen: SocketAddr,
+    /// Host under which the other sites reach this one; empty: as the coordinator sees it.
+    pub advertised_host: String,
+    /// Engine and device, for people.
+    pub engine: String,
+    /// Host threads of the engine.
+    pub threads: usize,
+    /// Artificial factor by which inner steps are slowed down; 1 is none.
+    pub slowdown: f64,
+    /// Time for measuring the own speed before the first round.
+    pub measure_seconds: f64,
+}
+
+/// Makes the engine once settings and state are known. Its error is shown to the user as it is.
+pub type EngineFactory =
+    Box<dyn FnOnce(&RunConfig, &TrainingState) -> Result<Box<dyn Engine>, engine::EngineError> + Send>;
+
+/// How a site's part ended well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// Its id.
+    pub site: SiteId,
+    /// Last round that was applied.
+    pub round: Round,
+    /// BLAKE3 of the state after it (invariant I1).
+    pub state_hash: ContentHash,
+    /// Whether the run is finished, or this site was asked to stop.
+    pub finished: bool,
+    /// Bytes sent over the network.
+    pub bytes_sent: u64,
+    /// Bytes received.
+    pub bytes_received: u64,
+}
+
+/// Why a site's part ended badly.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// It did not get in.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// The key of this machine.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The port for the other sites.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// What is in the folder.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// The engine or the data.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// The coordinator went on without this site.
+    #[error("the run goes on without this site: {}", describe(*.0))]
+    Dropped(LeaveReason),
+    /// A thread or task of this process ended unexpectedly.
+    #[error("the engine's thread ended: this is a bug")]
+    Internal,
+}
+
+impl Hint for AgentError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Join(error) => error.hint(),
+            Self::Identity(error) => error.hint(),
+            Self::Listen(error) => error.hint(),
+            Self::Folder(error) => error.hint(),
+            Self::Train(error) => error.hint(),
+            Self::Dropped(_) => {
+                Some("run the same `beringia join` again: it goes on from its last checkpoint".to_owned())
+            }
+            Self::Internal => Some("report it with the last lines of events.jsonl; `beringia join` resumes".to_owned()),
+        }
+    }
+}
+
+/// A reason in words.
+pub fn describe(reason: LeaveReason) -> &'static str {
+    match reason {
+        LeaveReason::Finished => "the run finished",
+        LeaveReason::Stopped => "it was asked to stop",
+        LeaveReason::ConnectionLost => "its connection was lost",
+        LeaveReason::TooSlow => "it did not finish its inner steps before the deadline",
+        LeaveReason::DeltasMissing => "it did not fetch the other sites' deltas before the deadline",
+        LeaveReason::Diverged => "its state differs from that of the other sites",
+        LeaveReason::Misbehaved => "it broke the protocol",
+        LeaveReason::EngineFailed => "its engine failed",
+        _ => "for a reason that this version does not know",
+    }
+}
+
+/// Takes part in a run until it finishes, `stop` completes, or something fails.
+///
+/// # Errors
+/// See [`AgentError`]. Whatever happens, the checkpoints in the folder stay whole.
+pub async fn join(
+    options: JoinOptions,
+    make_engine: EngineFactory,
+    reporter: Reporter,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<Outcome, AgentError> {
+    std::fs::create_dir_all(options.folder.root())
+        .map_err(|source| JoinError::Write { path: options.folder.root().to_owned(), source })?;
+    let identity = Identity::load_or_create(options.folder.root())?;
+    let traffic = Traffic::new();
+    let listener = Listener::bind(options.listen, &identity, &traffic).await?;
+    let hello = SiteHello {
+        name: options.name.clone(),
+        advertised_host: options.advertised_host.clone(),
+        port: listener.address().port(),
+        engine: options.engine.clone(),
+        threads: options.threads as u64,
+        slowdown: options.slowdown,
+    };
+    let (connection, welcome) = greet(&identity, &traffic, &options.invite, hello).await?;
+    let client = BlobClient::new(identity, traffic.clone());
+    let coordinator =
+        Holder { address: options.invite.address().to_owned(), fingerprint: options.invite.fingerprint() };
+    let config = fetch_run(&options.folder, &welcome, &client, &coordinator, |_| {}).await?;
+    let reporter = Arc::new(Mutex::new(reporter));
+    let folder = options.folder.clone();
+    let prepared = {
+        let (folder, config, reporter) = (folder.clone(), config.clone(), Arc::clone(&reporter));
+        let (slowdown, site) = (options.slowdown, welcome.site);
+        tokio::task::spawn_blocking(move || prepare(folder, config, make_engine, slowdown, site, reporter))
+    };
+    let worker = prepared.await.map_err(|_| AgentError::Internal)??;
+    let (sender, receiver) = connection.split();
+    let (directives_in, directives) = mpsc::channel(RESULTS_MAX);
+    tokio::spawn(receive(receiver, options.invite.address().to_owned(), directives_in));
+    let first = welcome.site == SiteId(0) && worker.saved.commit.round == Round(0);
+    let agent = Agent::new(worker, config, client, sender, traffic, reporter, &options);
+    agent.job(Job::Prepare {
+        samples_per_step: agent.config.train.batch_samples.div_ceil(agent.config.sync.sites as usize) as u64,
+        seconds: options.measure_seconds,
+        evaluate: first,
+    });
+    agent.run(listener, directives, std::pin::pin!(stop)).await
+}
+
+/// Everything that takes a while before the engine's thread can start.
+fn prepare(
+    folder: RunFolder,
+    config: RunConfig,
+    make_engine: EngineFactory,
+    slowdown: f64,
+    site: SiteId,
+    reporter: Arc<Mutex<Reporter>>,
+) -> Result<Worker, AgentError> {
+    let (state, skipped) = folder.newest(&config)?;
+    for skipped in skipped {
+        let path = skipped.path.display().to_string();
+        let mut reporter = reporter.lock().unwrap_or_else(PoisonError::into_inner);
+        reporter.emit(Event::CheckpointSkipped { path, reason: skipped.reason });
+    }
+    let mut engine = make_engine(&config, &state).map_err(TrainError::from)?;
+    engine.restore(&state.inner).map_err(TrainError::from)?;
+    let trainer = Trainer::new(&folder, &config, engine, slowdown)?;
+    let saved_round = Some(state.saved.commit.round);
+    Ok(Worker {
+        folder,
+        config,
+        trainer,
+        site,
+        state: Arc::new(Mutex::new(state.global)),
+        saved: state.saved,
+        reporter,
+        evaluated: None,
+        saved_round,
+    })
+}
+
+/// What the receiving task hands to the loop.
+type Received = Result<Directive, JoinError>;
+
+async fn receive(mut receiver: wire::Receiver, address: String, directives: mpsc::Sender<Received>) {
+    loop {
+        let received = match receiver.recv_timeout(COORDINATOR_SILENCE_MAX).await {
+            Ok(FromCoordinator::Directive(directive)) => Ok(directive),
+            Ok(FromCoordinator::Pulse) => continue,
+            Ok(_) => Err(conversation(&address, "it sent something that is not a directive")),
+            Err(error) => Err(conversation(&address, error)),
+        };
+        let ended = received.is_err();
+        if directives.send(received).await.is_err() || ended {
+            return;
+        }
+    }
+}
+
+/// A transfer that ended.
+enum Fetched {
+    Delta { round: Round, contributor: Contributor, bytes: Bytes, seconds: f64 },
+    State { commit: Commit, bytes: Vec<u8> },
+    StateFailed { reason: String },
+}
+
+struct Agent {
+    config: RunConfig,
+    member: Option<Member>,
+    site: SiteId,
+    held: (Round, ContentHash),
+    shelf: Arc<Shelf>,
+    jobs: std::sync::mpsc::Sender<Job>,
+    done: mpsc::Receiver<Done>,
+    client: BlobClient,
+    sender: Sender,
+    traffic: Traffic,
+    reporter: Arc<Mutex<Reporter>>,
+    /// Deltas of the current round, by site, the own one among them.
+    deltas: BTreeMap<SiteId, Bytes>,
+    abandon: Arc<AtomicBool>,
+    transfers: JoinSet<Fetched>,
+    visitors: JoinSet<()>,
+    delta_bytes: u64,
+    state_bytes: u64,
+    /// Reports that wait for the last save, and how the loop ends then.
+    ending: Option<Ending>,
+}
+
+struct Ending {
+    reports: Vec<Report>,
+    result: Result<bool, AgentError>,
+}
+
+impl Agent {
+    fn new(
+        worker: Worker,
+        config: RunConfig,
+        client: BlobClient,
+        sender: Sender,
+        traffic: Traffic,
+        reporter: Arc<Mutex<Reporter>>,
+        options: &JoinOptions,
+    ) -> Self {
+        let (jobs, job_queue) = std::sync::mpsc::channel();
+        let (done_in, done) = mpsc::channel(RESULTS_MAX);
+        let (site, saved) = (worker.site, worker.saved.clone());
+        let state: SharedState = Arc::clone(&worker.state);
+        let (delta_bytes, state_bytes) = {
+            let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            ((state.parameters.len() * size_of::<f32>()) as u64, state.encoded_bytes())
+        };
+        let name = format!("engine {}", options.engine);
+        let thread = std::thread::Builder::new().name(name);
+        // A thread that cannot start shows as a closed channel.
+        let _running = thread.spawn(move || worker.run(&job_queue, |done| done_in.blocking_send(done).is_ok()));
+        Self {
+            config,
+            member: None,
+            site,
+            held: (saved.commit.round, saved.state_hash),
+            shelf: Arc::new(Shelf::new(site, state)),
+            jobs,
+            done,
+            client,
+            sender,
+            traffic,
+            reporter,
+            deltas: BTreeMap::new(),
+            abandon: Arc::default(),
+            transfers: JoinSet::new(),
+            visitors: JoinSet::new(),
+            delta_bytes,
+            state_bytes,
+            ending: None,
+        }
+    }
+
+    fn job(&self, job: Job) {
+        // A thread that is gone is noticed where its results are awaited.
+        let _gone = self.jobs.send(job);
+    }
+
+    fn emit(&self, event: Event) {
+        self.reporter.lock().unwrap_or_else(PoisonError::into_inner).emit(event);
+    }
+
+    async fn run(
+        mut self,
+        mut listener: Listener,
+        mut directives: mpsc::Receiver<Received>,
+        mut stop: Pin<&mut (impl Future<Output = ()> + Send)>,
+    ) -> Result<Outcome, AgentError> {
+        let mut pulse = tokio::time::interval(PULSE);
+        let (mut stopped, mut coordinator_lost) = (false, false);
+        loop {
+            tokio::select! {
+                directive = directives.recv(), if !coordinator_lost => match directive {
+                    Some(Ok(directive)) => self.feed(MemberEvent::Directive(directive)).await?,
+                    lost => {
+                        coordinator_lost = true;
+                        let error = lost.and_then(Result::err);
+                        let error = error.unwrap_or_else(|| conversation("its address", "the connection ended"));
+                        self.end(Err(error.into()));
+                    }
+                },
+                done = self.done.recv() => match done {
+                    Some(Done::Finished) => return self.leave().await,
+                    Some(done) => self.engine_did(done).await?,
+                    None => return Err(AgentError::Internal),
+                },
+                Some(fetched) = self.transfers.join_next() => {
+                    if let Ok(fetched) = fetched {
+                        self.fetched(fetched).await?;
+                    }
+                }
+                Some(event) = listener.next() => self.visited(event),
+                Some(_) = self.visitors.join_next() => {}
+                _ = pulse.tick(), if !coordinator_lost => self.tell(&FromSite::Pulse).await,
+                () = &mut stop, if !stopped => {
+                    stopped = true;
+                    if self.member.is_none() {
+                        self.end(Ok(false));
+                    } else {
+                        self.feed(MemberEvent::StopRequested).await?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Saves, then ends with that result.
+    fn end(&mut self, result: Result<bool, AgentError>) {
+        self.abandon.store(true, Ordering::Relaxed);
+        if self.ending.is_none() {
+            let evaluate = matches!(result, Ok(true)) && self.shelf.is_first();
+            self.ending = Some(Ending { reports: Vec::new(), result });
+            self.job(Job::Finish { evaluate });
+        }
+    }
+
+    async fn leave(mut self) -> Result<Outcome, AgentError> {
+        let Some(Ending { reports, result }) = self.ending.take() else { return Err(AgentError::Internal) };
+        for report in reports {
+            self.tell(&FromSite::Report(report)).await;
+        }
+        // The coordinator learns of the end from the report; a connection that is gone already is no loss.
+        let _closed = self.sender.close().await;
+        let finished = result?;
+        let (round, state_hash) = self.held;
+        Ok(Outcome {
+            site: self.site,
+            round,
+            state_hash,
+            finished,
+            bytes_sent: self.traffic.bytes_sent(),
+            bytes_received: self.traffic.bytes_received(),
+        })
+    }
+
+    /// A coordinator that is gone is noticed by the receiving task.
+    async fn tell(&mut self, message: &FromSite) {
+        let _lost = self.sender.send_timeout(message, COORDINATOR_SILENCE_MAX).await;
+    }
+
+    async fn feed(&mut self, event: MemberEvent) -> Result<(), AgentError> {
+        let Some(member) = &mut self.member else {
+            if let MemberEvent::Directive(Directive::Peers(peers)) = event {
+                self.shelf.set_peers(peers);
+            } else if let MemberEvent::Directive(Directive::Finish { .. } | Directive::Dropped { .. }) = event {
+                self.end(Ok(true));
+            }
+            return Ok(());
+        };
+        match member.handle(event) {
+            Ok(commands) => {
+                for command in commands {
+                    self.obey(command).await;
+                }
+            }
+            Err(error) => self.end(Err(conversation("its address", error).into())),
+        }
+        Ok(())
+    }
+
+    async fn obey(&mut self, command: MemberCommand) {
+        match command {
+            MemberCommand::Report(report) => match &mut self.ending {
+                Some(ending) => ending.reports.push(report),
+                None => self.tell(&FromSite::Report(report)).await,
+            },
+            MemberCommand::Peers(peers) => self.shelf.set_peers(peers),
+            MemberCommand::FetchState { commit, state_hash, from } => self.fetch_state(commit, state_hash, &from),
+            MemberCommand::Train { plan, assignment } => {
+                self.deltas.clear();
+                self.abandon = Arc::default();
+                self.job(Job::Train { plan, assignment, abandon: Arc::clone(&self.abandon) });
+            }
+            MemberCommand::AbandonTraining => self.abandon.store(true, Ordering::Relaxed),
+            MemberCommand::FetchDelta { round, contributor } => self.fetch_delta(round, contributor),
+            MemberCommand::Apply(commit) => self.apply(commit),
+            MemberCommand::Finish { .. } => self.end(Ok(true)),
+            MemberCommand::Quit(LeaveReason::Stopped | LeaveReason::Finished) => self.end(Ok(false)),
+            MemberCommand::Quit(reason) => self.end(Err(AgentError::Dropped(reason))),
+        }
+    }
+
+    fn apply(&mut self, commit: Commit) {
+        let mut deltas = Vec::with_capacity(commit.contributors.len());
+        for contributor in &commit.contributors {
+            let decoded = self.deltas.get(&contributor.site).and_then(|bytes| decode_delta(bytes));
+            // The member applies only what was held, and what is held was decoded once before.
+            let Some(delta) = decoded else { return self.end(Err(AgentError::Internal)) };
+            deltas.push((contributor.tokens, delta));
+        }
+        self.deltas.clear();
+        let evaluate = self.shelf.is_first();
+        self.job(Job::Apply { commit, deltas, evaluate });
+    }
+
+    fn fetch_delta(&mut self, round: Round, contributor: Contributor) {
+        let holders = self.shelf.holders(&[contributor.site]);
+        let request = BlobRequest {
+            key: BlobKey::Delta { round, fragment: 0, site: contributor.site },
+            bytes: contributor.delta_bytes,
+            bytes_max: self.delta_bytes,
+            hash: contributor.delta_hash,
+            holders,
+            streams: BULK_STREAMS,
+        };
+        let client = self.client.clone();
+        let reporter = Arc::clone(&self.reporter);
+        self.transfers.spawn(async move {
+            let began = Instant::now();
+            loop {
+                let problem = match client.fetch(&request).await {
+                    Ok(bytes) if decode_delta(&bytes).is_some() => {
+                        let seconds = began.elapsed().as_secs_f64();
+                        return Fetched::Delta { round, contributor, bytes: bytes.into(), seconds };
+                    }
+                    Ok(_) => "it holds values that are not finite".to_owned(),
+                    Err(error) => error.to_string(),
+                };
+                let message = format!("the delta of site {}, round {round}: {problem}", contributor.site);
+                let hint = "see that the sites reach each other: their addresses are in `beringia status`".to_owned();
+                reporter.lock().unwrap_or_else(PoisonError::into_inner).warn(message, Some(hint));
+                tokio::time::sleep(FETCH_AGAIN).await;
+            }
+        });
+    }
+
+    fn fetch_state(&mut self, commit: Commit, state_hash: ContentHash, from: &[SiteId]) {
+        let request = BlobRequest {
+            key: BlobKey::State { round: commit.round },
+            bytes: self.state_bytes,
+            bytes_max: self.state_bytes,
+            hash: state_hash,
+            holders: self.shelf.holders(from),
+            streams: BULK_STREAMS,
+        };
+        let client = self.client.clone();
+        self.transfers.spawn(async move {
+            match client.fetch(&request).await {
+                Ok(bytes) => Fetched::State { commit, bytes },
+                Err(error) => {
+                    tokio::time::sleep(FETCH_AGAIN).await;
+                    Fetched::StateFailed { reason: error.to_string() }
+                }
+            }
+        });
+    }
+
+    async fn fetched(&mut self, fetched: Fetched) -> Result<(), AgentError> {
+        match fetched {
+            Fetched::Delta { round, contributor, bytes, seconds } => {
+                let (from, size) = (contributor.site, bytes.len() as u64);
+                self.emit(Event::DeltaFetched { round, from_site: from, bytes: size, seconds });
+                self.tell(&FromSite::Fetched { round, from, bytes: size, seconds }).await;
+                let current = self.member.as_ref().is_some_and(|member| member.round().next() == round);
+                if current {
+                    self.deltas.insert(from, bytes);
+                }
+                self.feed(MemberEvent::DeltaHeld { round, from }).await
+            }
+            Fetched::State { commit, bytes } => {
+                self.job(Job::Install { commit, bytes });
+                Ok(())
+            }
+            Fetched::StateFailed { reason } => {
+                let message = format!("the state of the run could not be fetched, trying again: {reason}");
+                let hint = Some("see that the sites reach each other: `beringia status`".to_owned());
+                self.emit(Event::Warning { message, hint });
+                self.feed(MemberEvent::StateUnavailable).await
+            }
+        }
+    }
+
+    async fn engine_did(&mut self, done: Done) -> Result<(), AgentError> {
+        match done {
+            Done::Prepared { tokens_per_second } => {
+                let (round, state_hash) = self.held;
+                let member = Member::new(self.site, round, state_hash, tokens_per_second);
+                let start = member.start();
+                self.member = Some(member);
+                self.emit(Event::SiteReady { site: self.site, tokens_per_second });
+                self.obey(start).await;
+                Ok(())
+            }
+            Done::Trained { round, delta, blob, contribution } => {
+                self.shelf.offer(round, blob);
+                self.deltas.insert(self.site, delta);
+                self.feed(MemberEvent::Trained(contribution)).await
+            }
+            Done::Applied { round, state_hash } => {
+                self.held = (round, state_hash);
+                self.shelf.forget_state();
+                self.feed(MemberEvent::Applied { round, state_hash }).await
+            }
+            Done::Installed { round, state_hash } => {
+                self.held = (round, state_hash);
+                self.shelf.forget_state();
+                self.feed(MemberEvent::StateHeld { round, state_hash }).await
+            }
+            Done::InstallFailed => self.feed(MemberEvent::StateUnavailable).await,
+            Done::Evaluated { round, evaluation } => {
+                let message = FromSite::Evaluated {
+                    round,
+                    nats_per_token: evaluation.nats_per_token,
+                    bits_per_byte: evaluation.bits_per_byte,
+                    bigram_bits_per_byte: evaluation.bigram_bits_per_byte,
+                    tokens: evaluation.tokens,
+                };
+                self.tell(&message).await;
+                Ok(())
+            }
+            Done::Failed(error) => {
+                self.tell(&FromSite::Report(Report::Leave { reason: LeaveReason::EngineFailed })).await;
+                Err(error.into())
+            }
+            Done::Finished => Ok(()),
+        }
+    }
+
+    fn visited(&mut self, event: ListenerEvent) {
+        match event {
+            ListenerEvent::Incoming(Incoming { purpose: Purpose::Blob, connection }) => {
+                let shelf = Arc::clone(&self.shelf);
+                self.visitors.spawn(async move {
+                    // How a visitor's connection ends is the visitor's affair: it asks again elsewhere.
+                    let _ended = wire::serve_blobs(connection, shelf).await;
+                });
+            }
+            ListenerEvent::Incoming(_) => {}
+            ListenerEvent::Refused(refusal) => {
+                let (address, reason) = (refusal.address.to_string(), refusal.reason.to_string());
+                self.emit(Event::PeerRefused { address, reason });
+            }
+        }
+    }
+}

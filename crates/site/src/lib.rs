@@ -1,0 +1,21 @@
+//! The agent of a site: trains a run on an engine, alone ([`train_alone`]) or together with other sites ([`join`]).
+//!
+//! [`folder`] says what lies where, [`state`] what is kept, [`trainer`] does the arithmetic of a round, `worker` gives it a
+//! thread, `exchange` serves what the others fetch, [`agent`] is the loop in which they meet the coordinator.
+
+pub mod agent;
+pub mod alone;
+mod exchange;
+pub mod folder;
+mod join;
+pub mod sampling;
+pub mod state;
+pub mod trainer;
+mod worker;
+
+pub use agent::{AgentError, EngineFactory, JoinOptions, join};
+pub use alone::train_alone;
+pub use folder::{FolderError, RunFolder};
+pub use join::JoinError;
+pub use state::{GlobalState, Mode, SavedState, TrainingState};
+pub use trainer::{Evaluation, TrainError, Trainer};
