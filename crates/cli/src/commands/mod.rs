@@ -1,0 +1,7 @@
+//! One file a command: its arguments, which are its help, and what it does with them.
+
+pub(crate) mod eval;
+pub(crate) mod export;
+pub(crate) mod init;
+pub(crate) mod logits;
+pub(crate) mod sample;
