@@ -613,3 +613,7 @@ fn drop_tied_projection(folder: &Path, tensors: &mut NamedTensors) -> Result<(),
         reason: format!("differs from {EMBEDDING}, to which tie_word_embeddings ties it"),
     })
 }
+
+#[cfg(test)]
+#[path = "huggingface_tests.rs"]
+mod huggingface_tests;

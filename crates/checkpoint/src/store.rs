@@ -302,6 +302,10 @@ fn save_on<S: Serialize>(
 
     disk.create_folder(root).map_err(|error| in_context("create the folder of checkpoints", root, error))?;
     let mut warnings = remove_leftovers(disk, root);
+    if temporary.exists() {
+        let removed = disk.remove_folder(&temporary);
+        removed.map_err(|error| in_context("remove what an interrupted save left", &temporary, error))?;
+    }
     let written = write_folder(disk, &temporary, round, &content)
         .and_then(|hash| publish(disk, root, &temporary, &folder).map(|()| hash));
     let (bytes, manifest_hash) = written.map_err(|failed| {

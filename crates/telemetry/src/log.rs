@@ -182,25 +182,30 @@ struct End {
 /// Looks at the tail, and at the whole file only if no record is there.
 fn find_end(file: &mut File) -> io::Result<End> {
     let length = file.metadata()?.len();
-    let tail = end_from(file, length.saturating_sub(TAIL_BYTES))?;
-    if tail.next_seq > 0 || length <= TAIL_BYTES { Ok(tail) } else { end_from(file, 0) }
+    let tail = end_from(file, length.saturating_sub(TAIL_BYTES), length)?;
+    if tail.next_seq > 0 || length <= TAIL_BYTES { Ok(tail) } else { end_from(file, 0, length) }
 }
 
-fn end_from(file: &mut File, start: u64) -> io::Result<End> {
+/// Reads from `start` up to `length` and no further: a device may have no end.
+fn end_from(file: &mut File, start: u64, length: u64) -> io::Result<End> {
     file.seek(SeekFrom::Start(start))?;
+    let mut rest = file.take(length - start);
     let mut lines = Lines::default();
     let mut next_seq = 0;
+    let mut count = |line: &[u8]| {
+        if let Ok(numbered) = serde_json::from_slice::<Numbered>(line) {
+            next_seq = next_seq.max(numbered.seq.saturating_add(1));
+        }
+    };
     let mut buffer = vec![0; 1 << 16];
     loop {
-        let read = file.read(&mut buffer)?;
+        let read = rest.read(&mut buffer)?;
         if read == 0 {
+            // Whole but for its line end, a record is completed by the line end that the next one brings.
+            count(&lines.partial);
             return Ok(End { next_seq, torn_bytes: lines.unfinished_bytes });
         }
-        lines.push(&buffer[..read], |line| {
-            if let Some(Ok(numbered)) = line.map(serde_json::from_slice::<Numbered>) {
-                next_seq = next_seq.max(numbered.seq.saturating_add(1));
-            }
-        });
+        lines.push(&buffer[..read], |line| line.into_iter().for_each(&mut count));
     }
 }
 
@@ -301,7 +306,7 @@ impl Follower {
         }
         let mut bytes = Vec::new();
         file.seek(SeekFrom::Start(self.offset)).map_err(in_context)?;
-        file.take(POLL_BYTES_MAX).read_to_end(&mut bytes).map_err(in_context)?;
+        file.take(POLL_BYTES_MAX.min(found - self.offset)).read_to_end(&mut bytes).map_err(in_context)?;
         Ok(bytes)
     }
 
