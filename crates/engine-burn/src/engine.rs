@@ -46,7 +46,7 @@ impl BurnEngine {
         device: &str,
         initial: &NamedTensors,
     ) -> Result<Self, EngineError> {
-        Self::with_kernels(shape, train, device, initial, BlockKernels::Composed)
+        Self::with_kernels(shape, train, device, initial, BlockKernels::Fused)
     }
 
     /// As [`BurnEngine::new`], with the implementation of the blocks chosen by hand: for comparing the two.
@@ -75,7 +75,7 @@ impl BurnEngine {
             device: burn_device,
             device_name: device.to_owned(),
             parameters,
-            optimizer: Optimizer::default(),
+            optimizer: Optimizer::new(kernels),
         })
     }
 
@@ -126,14 +126,9 @@ impl BurnEngine {
                 false => gradients.into_iter().zip(of_micro_batch).map(|(sum, gradient)| sum + gradient).collect(),
             };
         }
-        let norm = self.gradient_norm(&gradients)?;
+        let norm = self.optimizer.gradient_norm(&gradients);
         check_finite("gradient norm", norm)?;
         Ok(Backpropagated { loss_nats, gradients, norm })
-    }
-
-    fn gradient_norm(&self, gradients: &[Tensor<2>]) -> Result<f64, EngineError> {
-        let squares = gradients.iter().map(|gradient| scalar(gradient.clone().square().sum(), &self.device_name));
-        Ok(squares.sum::<Result<f64, _>>()?.sqrt())
     }
 
     fn loss_sum(&mut self, tensors: &[Tensor<2>], batch: &TokenBatch) -> Tensor<1> {
@@ -227,7 +222,8 @@ impl Engine for BurnEngine {
             return Err(EngineError::Shape { what: "optimiser state".to_owned(), reason });
         }
         self.parameters = parameters;
-        self.optimizer = Optimizer { first_moments, second_moments, steps: state.optimizer_steps };
+        let kernels = self.optimizer.kernels;
+        self.optimizer = Optimizer { kernels, first_moments, second_moments, steps: state.optimizer_steps };
         Ok(())
     }
 }

@@ -9,6 +9,7 @@
 //! Shape suffixes: b samples, t positions, n = b·t rows, h hidden, a attention heads, g key-value heads, r query heads
 //! of one group, d head size, f feed-forward, v vocabulary.
 
+use crate::kernels::{self, AttentionSpec};
 use base::ModelShape;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
 
@@ -17,6 +18,8 @@ use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
 pub enum BlockKernels {
     /// Burn's own operations, one after the other: any device.
     Composed,
+    /// One hand-written forward and backward per block: `flex`.
+    Fused,
 }
 
 /// Tensors of one block, in canonical order.
@@ -114,8 +117,13 @@ impl Llama {
         let x_nh = self.hidden(&parameters, inputs, samples);
         let targets_n = self.ids(targets);
         let (norm, head) = (parameters.final_norm(), parameters.head());
-        let logits_nv = linear(rms_norm(x_nh, norm, self.shape.rms_norm_eps), head);
-        activation::log_softmax(logits_nv, 1).gather(1, targets_n.unsqueeze_dim(1)).sum().neg()
+        match self.kernels {
+            BlockKernels::Fused => kernels::head_loss(x_nh, norm, head, targets_n, self.shape.rms_norm_eps),
+            BlockKernels::Composed => {
+                let logits_nv = linear(rms_norm(x_nh, norm, self.shape.rms_norm_eps), head);
+                activation::log_softmax(logits_nv, 1).gather(1, targets_n.unsqueeze_dim(1)).sum().neg()
+            }
+        }
     }
 
     /// Logits `[n, v]` of every position.
@@ -129,9 +137,20 @@ impl Llama {
     fn hidden(&mut self, parameters: &Parameters<'_>, inputs: &[u32], samples: usize) -> Tensor<2> {
         let tables = self.tables(inputs.len() / samples);
         let ids_n = self.ids(inputs);
-        let embedded_nh = parameters.embedding().select(0, ids_n);
-        (0..parameters.layers)
-            .fold(embedded_nh, |x_nh, layer| self.composed_block(x_nh, parameters.block(layer), &tables, samples))
+        let embedded_nh = match self.kernels {
+            BlockKernels::Fused => kernels::embedding(parameters.embedding(), ids_n),
+            BlockKernels::Composed => parameters.embedding().select(0, ids_n),
+        };
+        (0..parameters.layers).fold(embedded_nh, |x_nh, layer| {
+            let block = parameters.block(layer);
+            match self.kernels {
+                BlockKernels::Fused => {
+                    let spec = AttentionSpec::new(&self.shape, samples, tables.positions);
+                    kernels::block(x_nh, block, tables.cosine_td.clone(), tables.sine_td.clone(), spec)
+                }
+                BlockKernels::Composed => self.composed_block(x_nh, block, &tables, samples),
+            }
+        })
     }
 
     fn composed_block(&self, x_nh: Tensor<2>, block: Block, tables: &PositionTables, samples: usize) -> Tensor<2> {

@@ -9,6 +9,8 @@
 //! ```
 //! Clipping multiplies every gradient by min(1, c / (‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_`.
 
+use crate::kernels;
+use crate::model::BlockKernels;
 use base::config::{InnerOptimizer, TrainSection};
 use burn::tensor::Tensor;
 
@@ -16,8 +18,10 @@ use burn::tensor::Tensor;
 const CLIP_NORM_OFFSET: f64 = 1e-6;
 
 /// AdamW's memory of one run.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Optimizer {
+    /// Which implementation of the arithmetic is used.
+    pub(crate) kernels: BlockKernels,
     /// Empty until the first AdamW step.
     pub(crate) first_moments: Vec<Tensor<2>>,
     /// As long as `first_moments`.
@@ -61,6 +65,20 @@ pub(crate) fn clip_scale(clip_norm: f64, gradient_norm: f64) -> f64 {
 }
 
 impl Optimizer {
+    /// Before the first step.
+    pub(crate) fn new(kernels: BlockKernels) -> Self {
+        Self { kernels, first_moments: Vec::new(), second_moments: Vec::new(), steps: 0 }
+    }
+
+    /// Global norm of the gradients.
+    pub(crate) fn gradient_norm(&self, gradients: &[Tensor<2>]) -> f64 {
+        let squares = |gradient: &Tensor<2>| match self.kernels {
+            BlockKernels::Fused => kernels::sum_of_squares(gradient.clone()),
+            BlockKernels::Composed => f64::from(gradient.clone().square().sum().into_scalar::<f32>()),
+        };
+        gradients.iter().map(squares).sum::<f64>().sqrt()
+    }
+
     /// One step on `parameters`; `decayed[i]` says whether parameter i is a matrix.
     pub(crate) fn step(
         &mut self,
@@ -95,7 +113,10 @@ impl Optimizer {
             parameters.iter_mut().zip(gradients).zip(moments).zip(decayed)
         {
             let step = AdamWStep { decay: if *decayed { step.decay } else { 1.0 }, ..step };
-            composed_adamw(step, parameter, gradient, first, second);
+            match self.kernels {
+                BlockKernels::Fused => kernels::adamw(step, parameter, gradient, first, second),
+                BlockKernels::Composed => composed_adamw(step, parameter, gradient, first, second),
+            }
         }
     }
 }

@@ -9,3 +9,10 @@ fn composed_blocks_conform() {
         Box::new(BurnEngine::with_kernels(shape, train, "flex", initial, BlockKernels::Composed).unwrap())
     });
 }
+
+#[test]
+fn fused_blocks_conform() {
+    conformance::run_all(&|shape, train, initial| {
+        Box::new(BurnEngine::with_kernels(shape, train, "flex", initial, BlockKernels::Fused).unwrap())
+    });
+}
