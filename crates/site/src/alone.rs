@@ -5,13 +5,17 @@
 //! the place in the data is one integer and the optimiser is saved with its step count.
 
 use crate::folder::RunFolder;
-use crate::sampling::{SampleOptions, sample_text};
+use crate::sampling::{SampleOptions, SamplingError, sample_text};
 use crate::state::{Mode, TrainingState};
 use crate::trainer::{Evaluation, StepDone, TrainError, Trainer};
 use base::{Hint, Round, RunConfig, SiteId, Term};
 use rounds::{Commit, Ledger, SampleRange};
 use std::sync::atomic::{AtomicBool, Ordering};
 use telemetry::{Event, Reporter};
+
+/// Samples while training are drawn a little sharper than the model's own distribution, as most tools do.
+const SAMPLE_TEMPERATURE: f64 = 0.8;
+const SAMPLE_TOP_K: usize = 40;
 
 /// How a training ended.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -185,9 +189,21 @@ pub(crate) fn emit_sample(
         return Ok(());
     }
     let (engine, tokenizer) = trainer.engine_and_tokenizer();
-    let options = SampleOptions { tokens: config.evaluate.sample_tokens, seed: config.run.seed, ..Default::default() };
-    let text = sample_text(engine, tokenizer, &[tokenizer.end_of_text()], &options, config.data.sequence_length)
-        .map_err(|error| TrainError::Data(error.to_string()))?;
+    let options = SampleOptions {
+        tokens: config.evaluate.sample_tokens,
+        temperature: SAMPLE_TEMPERATURE,
+        top_k: SAMPLE_TOP_K,
+        seed: config.run.seed,
+    };
+    let (prompt, length) = ([tokenizer.end_of_text()], config.data.sequence_length);
+    let text = match sample_text(engine, tokenizer, &prompt, &options, length) {
+        Ok(text) => text,
+        Err(SamplingError::Engine(error)) => return Err(error.into()),
+        Err(error) => {
+            reporter.warn(format!("no sample: {error}"), None);
+            return Ok(());
+        }
+    };
     reporter.emit(Event::Sample { round, text });
     Ok(())
 }

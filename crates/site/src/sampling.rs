@@ -19,7 +19,7 @@ const UNFINISHED_TOKENS_MAX: usize = 5;
 
 /// How text is drawn.
 #[derive(Debug, Clone, PartialEq)]
-pub struct SamplingOptions {
+pub struct SampleOptions {
     /// Most tokens drawn; an end of text ends it before.
     pub tokens: usize,
     /// 0 takes the likeliest token; 1 draws from the model's own distribution.
@@ -28,6 +28,12 @@ pub struct SamplingOptions {
     pub top_k: usize,
     /// Equal seeds give equal text.
     pub seed: u64,
+}
+
+impl Default for SampleOptions {
+    fn default() -> Self {
+        Self { tokens: 100, temperature: 0.8, top_k: 40, seed: 1 }
+    }
 }
 
 /// Why there is no more text.
@@ -68,7 +74,7 @@ pub fn sample(
     engine: &mut dyn Engine,
     tokenizer: &TextTokenizer,
     prompt: &[u32],
-    options: &SamplingOptions,
+    options: &SampleOptions,
     sequence_length: usize,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Vec<u32>, SamplingError> {
@@ -93,8 +99,24 @@ pub fn sample(
     Ok(tokens.split_off(start))
 }
 
+/// As [`sample`], all at once: the text that follows `prompt`.
+///
+/// # Errors
+/// See [`SamplingError`].
+pub fn sample_text(
+    engine: &mut dyn Engine,
+    tokenizer: &TextTokenizer,
+    prompt: &[u32],
+    options: &SampleOptions,
+    sequence_length: usize,
+) -> Result<String, SamplingError> {
+    let mut text = String::new();
+    sample(engine, tokenizer, prompt, options, sequence_length, &mut |piece| text.push_str(piece))?;
+    Ok(text)
+}
+
 /// One token from the logits of one position.
-fn draw(logits: &[f32], options: &SamplingOptions, random: &mut Random) -> Result<u32, SamplingError> {
+fn draw(logits: &[f32], options: &SampleOptions, random: &mut Random) -> Result<u32, SamplingError> {
     if logits.iter().any(|logit| !logit.is_finite()) {
         return Err(SamplingError::NotFinite);
     }
@@ -177,8 +199,8 @@ impl<'a> TextStream<'a> {
 mod tests {
     use super::*;
 
-    fn options(temperature: f64, top_k: usize) -> SamplingOptions {
-        SamplingOptions { tokens: 8, temperature, top_k, seed: 1 }
+    fn options(temperature: f64, top_k: usize) -> SampleOptions {
+        SampleOptions { tokens: 8, temperature, top_k, seed: 1 }
     }
 
     #[test]

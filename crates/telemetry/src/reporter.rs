@@ -19,8 +19,8 @@ impl Reporter {
         Self { log, watcher, warned: false }
     }
 
-    /// Logs one event.
-    pub fn emit(&mut self, event: Event) {
+    /// Logs one event and gives it as it was recorded.
+    pub fn emit(&mut self, event: Event) -> Record {
         let record = self.log.stamp(event);
         if let Err(error) = self.log.append(&record)
             && !std::mem::replace(&mut self.warned, true)
@@ -30,6 +30,7 @@ impl Reporter {
             (self.watcher)(&warning);
         }
         (self.watcher)(&record);
+        record
     }
 
     /// Logs a warning with what mends it.
