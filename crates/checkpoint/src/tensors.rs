@@ -243,7 +243,7 @@ fn read_values(
     formats: Formats,
 ) -> Result<Vec<f32>, TensorsError> {
     let refuse = |reason: String| TensorsError::Tensor { name: name.to_owned(), reason };
-    let (width, convert): (usize, fn(&[u8], &mut Vec<f32>)) = match (info.dtype, formats) {
+    let (width, convert): (usize, Convert) = match (info.dtype, formats) {
         (Dtype::F32, _) => (4, append_f32),
         (Dtype::BF16, Formats::F32Bf16F16) => (2, append_bf16),
         (Dtype::F16, Formats::F32Bf16F16) => (2, append_f16),
@@ -265,6 +265,9 @@ fn read_values(
     }
     Ok(values)
 }
+
+/// Appends a buffer's numbers as f32.
+type Convert = fn(&[u8], &mut Vec<f32>);
 
 fn append_f32(bytes: &[u8], values: &mut Vec<f32>) {
     let (words, _) = bytes.as_chunks::<4>();
