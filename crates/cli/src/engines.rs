@@ -30,6 +30,31 @@ impl EngineArgs {
     pub(crate) fn create(&self, config: &RunConfig, parameters: &NamedTensors) -> Result<Box<dyn Engine>, Failure> {
         create_engine(&self.engine, config, parameters, self.threads.map(usize::from))
     }
+
+    /// Refuses an unknown engine and sizes the thread pool, before there is anything to compute.
+    ///
+    /// # Errors
+    /// As [`create_engine`].
+    pub(crate) fn use_threads(&self) -> Result<(), Failure> {
+        check_name(&self.engine)?;
+        self.threads.map_or(Ok(()), |threads| use_threads(threads.into()))
+    }
+
+    /// Makes the engine later, once a site knows the run's settings. Call [`EngineArgs::use_threads`] first.
+    pub(crate) fn factory(self) -> site::EngineFactory {
+        Box::new(move |config, state| {
+            let engine = BurnEngine::new(&config.model, &config.train, &self.engine, &state.inner.parameters)?;
+            Ok(Box::new(engine))
+        })
+    }
+}
+
+fn check_name(spec: &str) -> Result<(), Failure> {
+    if ENGINES.contains(&spec) {
+        return Ok(());
+    }
+    let message = format!("there is no engine '{spec}' in this build; it has: {}", ENGINES.join(", "));
+    Err(Failure::new(message, format!("use `--engine {}`, which runs on any CPU", ENGINES[0])))
 }
 
 /// Makes the engine that `spec` names. `threads` holds for the whole process: it sizes the one thread pool, so it
@@ -43,10 +68,7 @@ pub(crate) fn create_engine(
     parameters: &NamedTensors,
     threads: Option<usize>,
 ) -> Result<Box<dyn Engine>, Failure> {
-    if !ENGINES.contains(&spec) {
-        let message = format!("there is no engine '{spec}' in this build; it has: {}", ENGINES.join(", "));
-        return Err(Failure::new(message, format!("use `--engine {}`, which runs on any CPU", ENGINES[0])));
-    }
+    check_name(spec)?;
     threads.map_or(Ok(()), use_threads)?;
     Ok(Box::new(BurnEngine::new(&config.model, &config.train, spec, parameters)?))
 }

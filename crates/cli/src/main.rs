@@ -12,9 +12,11 @@ mod models;
 mod output;
 mod progress;
 mod run_file;
+mod signals;
+mod watch;
 
 use clap::{Parser, Subcommand};
-use commands::{eval, export, init, logits, sample};
+use commands::{eval, export, init, join, lab, logits, measure, sample, serve, status, train};
 use failure::Failure;
 use output::Output;
 use std::process::ExitCode;
@@ -34,11 +36,18 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Init(init::Args),
+    Train(train::Args),
+    Serve(serve::Args),
+    Join(join::Args),
+    Status(status::Args),
     Sample(sample::Args),
     Eval(eval::Args),
     Export(export::Args),
+    Lab(lab::Args),
     #[command(hide = true)]
     Logits(logits::Args),
+    #[command(hide = true)]
+    Measure(measure::Args),
 }
 
 fn main() -> ExitCode {
@@ -60,10 +69,16 @@ fn main() -> ExitCode {
 fn run(command: Command, output: &Output) -> Result<(), Failure> {
     match command {
         Command::Init(args) => init::run(args, output),
+        Command::Train(args) => train::run(args, output),
+        Command::Serve(args) => serve::run(args, output),
+        Command::Join(args) => join::run(args, output),
+        Command::Status(args) => status::run(args, output),
         Command::Sample(args) => sample::run(args, output),
         Command::Eval(args) => eval::run(args, output),
         Command::Export(args) => export::run(args, output),
+        Command::Lab(args) => lab::run(args, output),
         Command::Logits(args) => logits::run(args, output),
+        Command::Measure(args) => measure::run(args, output),
     }
 }
 

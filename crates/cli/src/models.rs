@@ -4,7 +4,8 @@ use crate::failure::Failure;
 use crate::output::Output;
 use base::{NamedTensors, ParameterSchema, Round, RunConfig};
 use data::TextTokenizer;
-use site::{FolderError, Mode, RunFolder, SavedState, TrainingState};
+use site::state::MODEL_STEM;
+use site::{Mode, RunFolder, SavedState, TrainingState};
 use std::path::{Path, PathBuf};
 
 /// Present in every folder that `save_pretrained` wrote.
@@ -79,40 +80,41 @@ impl Model {
 
 /// The newest intact state of a run; what was skipped is told to the user.
 ///
-/// Before the first step, `[model]` and `seed` may still be edited: the initial state is made anew then, and
-/// takes the place of the one that `beringia init` made.
-///
 /// # Errors
 /// No checkpoint is intact, or it is of another model.
 pub(crate) fn newest_state(run: &RunFolder, config: &RunConfig, output: &Output) -> Result<TrainingState, Failure> {
-    match run.newest(config) {
-        Ok((state, _)) if state.saved.mode == Mode::Initial && state.saved.seed != config.run.seed => {
-            initial_state(run, config, output)
-        }
-        Ok((state, skipped)) => {
-            for checkpoint in &skipped {
-                let (path, reason) = (checkpoint.path.display(), &checkpoint.reason);
-                output.warning(format_args!("{path} is damaged and was skipped: {reason}"));
-            }
-            if !skipped.is_empty() {
-                output.warning(format_args!("the checkpoint before it is used: step {}", state.saved.step));
-            }
-            Ok(state)
-        }
-        Err(FolderError::OtherModel { .. }) if is_untrained(run) => initial_state(run, config, output),
-        Err(error) => Err(error.into()),
+    refresh_initial_state(run, config, output)?;
+    let (state, skipped) = run.newest(config)?;
+    for checkpoint in &skipped {
+        let (path, reason) = (checkpoint.path.display(), &checkpoint.reason);
+        output.warning(format_args!("{path} is damaged and was skipped: {reason}"));
     }
-}
-
-fn is_untrained(run: &RunFolder) -> bool {
-    let newest = checkpoint::load_latest::<SavedState>(&run.checkpoints());
-    newest.is_ok_and(|loaded| loaded.state.mode == Mode::Initial)
-}
-
-fn initial_state(run: &RunFolder, config: &RunConfig, output: &Output) -> Result<TrainingState, Failure> {
-    let state = save_initial_state(run, config)?;
-    output.warning("[model] or seed was changed before the first step: the initial weights were made anew");
+    if !skipped.is_empty() {
+        output.warning(format_args!("the checkpoint before it is used: step {}", state.saved.step));
+    }
     Ok(state)
+}
+
+/// Before the first step, `[model]` and `seed` may still be edited: the initial state is then made anew, and takes
+/// the place of the one that `beringia init` made. Nothing is lost: it follows from the settings.
+///
+/// # Errors
+/// The new state cannot be written.
+pub(crate) fn refresh_initial_state(run: &RunFolder, config: &RunConfig, output: &Output) -> Result<(), Failure> {
+    if checkpoint::list(&run.checkpoints()).is_ok_and(|entries| entries.iter().any(|entry| entry.round != Round(0))) {
+        return Ok(());
+    }
+    // What cannot be loaded is reported by whoever needs it.
+    let Ok(loaded) = checkpoint::load_latest::<SavedState>(&run.checkpoints()) else { return Ok(()) };
+    let schema = ParameterSchema::llama(&config.model);
+    let model_fits = loaded.tensors.get(MODEL_STEM).is_some_and(|model| schema.flatten(model).is_ok());
+    let is_current = model_fits && loaded.state.seed == config.run.seed;
+    if is_current || loaded.state.mode != Mode::Initial {
+        return Ok(());
+    }
+    save_initial_state(run, config)?;
+    output.warning("[model] or seed was changed before the first step: the initial weights were made anew");
+    Ok(())
 }
 
 /// Makes the initial parameters of a run and saves them as round 0.

@@ -75,7 +75,7 @@ impl Output {
 
     /// One line of progress on standard error.
     pub(crate) fn notice(&self, text: impl Display) {
-        write_to_stderr(&format!("{text}\n"));
+        to_stderr(&format!("{text}\n"));
     }
 
     /// Why the command ends.
@@ -100,7 +100,7 @@ impl Output {
 
     fn labelled(&self, style: &str, label: &str, text: &dyn Display) {
         let (style, plain) = if self.colours { (style, PLAIN_STYLE) } else { ("", "") };
-        write_to_stderr(&format!("{style}{label}:{plain} {text}\n"));
+        to_stderr(&format!("{style}{label}:{plain} {text}\n"));
     }
 
     fn write(&self, text: &str) {
@@ -113,7 +113,7 @@ impl Output {
 }
 
 /// Where standard error is gone there is nobody to tell.
-fn write_to_stderr(text: &str) {
+pub(crate) fn to_stderr(text: &str) {
     let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 

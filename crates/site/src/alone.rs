@@ -32,7 +32,7 @@ pub struct Outcome {
     pub state_hash: base::ContentHash,
 }
 
-/// Trains until the configured number of steps, or until `stop` is set, from `state`.
+/// Trains from `state` until the configured number of steps, at most up to step `steps_max`, or until `stop` is set.
 ///
 /// # Errors
 /// The engine or the data failed; the last checkpoint is as it was.
@@ -41,6 +41,7 @@ pub fn train_alone(
     config: &RunConfig,
     trainer: &mut Trainer,
     state: TrainingState,
+    steps_max: Option<u64>,
     stop: &AtomicBool,
     reporter: &mut Reporter,
 ) -> Result<Outcome, TrainError> {
@@ -51,7 +52,8 @@ pub fn train_alone(
     if run.state.saved.step == 0 {
         evaluation = Some(run.evaluate(reporter)?);
     }
-    while run.state.saved.step < config.train.steps && !stop.load(Ordering::Relaxed) {
+    let end = steps_max.unwrap_or(u64::MAX).min(config.train.steps);
+    while run.state.saved.step < end && !stop.load(Ordering::Relaxed) {
         run.step(reporter)?;
         let step = run.state.saved.step;
         let last = step == config.train.steps;

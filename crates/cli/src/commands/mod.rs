@@ -3,5 +3,11 @@
 pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod init;
+pub(crate) mod join;
+pub(crate) mod lab;
 pub(crate) mod logits;
+pub(crate) mod measure;
 pub(crate) mod sample;
+pub(crate) mod serve;
+pub(crate) mod status;
+pub(crate) mod train;

@@ -1,0 +1,112 @@
+//! `beringia join`: a site of a run.
+
+use crate::engines::EngineArgs;
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::signals::{runtime, stop_requested};
+use base::layout::EVENTS_FILE;
+use site::{JoinOptions, RunFolder};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use telemetry::log::system_unix_ms;
+use telemetry::{Event, EventLog, Record, Reporter, Watcher};
+use wire::Invite;
+
+/// Take part in a run: fetches everything, checks every hash, trains
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The invite that `beringia serve` printed.
+    invite: String,
+    /// Name of this site: letters, digits, '-', '_' and '.'.
+    #[arg(long, default_value = "site")]
+    name: String,
+    /// Where this site keeps the run; RUN-NAME unless given.
+    #[arg(long, value_name = "FOLDER")]
+    folder: Option<PathBuf>,
+    /// Address and port for the other sites; port 0 takes any.
+    #[arg(long, value_name = "HOST:PORT", default_value = "0.0.0.0:0")]
+    listen: SocketAddr,
+    /// Host name or address under which the other sites reach this one; as the coordinator sees it unless given.
+    #[arg(long, value_name = "HOST", default_value = "")]
+    advertise: String,
+    /// Make every inner step take this many times as long: to try sites of unequal speed on one machine.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    slowdown: f64,
+    /// Time for measuring the own speed before the first round.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]
+    measure_seconds: f64,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
+    let invite: Invite = args.invite.parse()?;
+    if !(1.0..=1e4).contains(&args.slowdown) || !(0.0..=600.0).contains(&args.measure_seconds) {
+        let message = "--slowdown must be 1 to 10000 and --measure-seconds 0 to 600";
+        return Err(Failure::new(message, "leave them out on a real site"));
+    }
+    let folder = args.folder.clone().unwrap_or_else(|| PathBuf::from(format!("{}-{}", invite.run(), args.name)));
+    std::fs::create_dir_all(&folder).map_err(|error| {
+        let folder = folder.display();
+        Failure::new(format!("{folder}: {error}"), format!("make room or allow writing: `df -h {folder}`"))
+    })?;
+    args.engine.use_threads()?;
+    let log = EventLog::open(&folder.join(EVENTS_FILE), &args.name, Box::new(system_unix_ms))?;
+    let reporter = Reporter::new(log, lines(output.is_json()));
+    output.line(format_args!("site '{}' joins run '{}' at {}", args.name, invite.run(), invite.address()));
+    let options = JoinOptions {
+        invite,
+        folder: RunFolder::new(&folder),
+        name: args.name.clone(),
+        listen: args.listen,
+        advertised_host: args.advertise,
+        engine: args.engine.engine.clone(),
+        threads: rayon::current_num_threads(),
+        slowdown: args.slowdown,
+        measure_seconds: args.measure_seconds,
+    };
+    let runtime = runtime()?;
+    let joined = site::join(options, args.engine.factory(), reporter, stop_requested());
+    let outcome = runtime.block_on(joined);
+    runtime.shutdown_background();
+    let outcome = outcome?;
+    output.object(&serde_json::json!({
+        "site": outcome.site,
+        "name": args.name,
+        "round": outcome.round,
+        "state_hash": outcome.state_hash,
+        "finished": outcome.finished,
+        "bytes_sent": outcome.bytes_sent,
+        "bytes_received": outcome.bytes_received,
+        "folder": folder,
+    }));
+    let how = if outcome.finished { "the run is over" } else { "left; the same command goes on from here" };
+    output.line(format_args!("round {}, state {}: {how}", outcome.round, outcome.state_hash.short()));
+    output.line(format_args!("try it: beringia sample {} \"The \"", folder.display()));
+    Ok(())
+}
+
+/// A site's events as plain lines: one a round, not one a step.
+fn lines(quiet: bool) -> Watcher {
+    Box::new(move |record: &Record| {
+        let line = match &record.event {
+            Event::Warning { message, hint } => match hint {
+                Some(hint) => format!("warning: {message}\nhint: {hint}"),
+                None => format!("warning: {message}"),
+            },
+            Event::CheckpointSkipped { path, reason } => {
+                format!("warning: {path} is not used: {reason}; the one before it is")
+            }
+            _ if quiet => return,
+            Event::SiteReady { tokens_per_second, .. } => format!("ready: {tokens_per_second:.0} tokens/s alone"),
+            Event::RoundApplied { round, state_hash, .. } => format!("round {round}: state {}", state_hash.short()),
+            Event::Evaluated { step, bits_per_byte, bigram_bits_per_byte, .. } => {
+                format!("step {step}: validation {bits_per_byte:.4} bits/byte (bigram model {bigram_bits_per_byte:.4})")
+            }
+            Event::CheckpointSaved { path, .. } => format!("saved {path}"),
+            _ => return,
+        };
+        crate::output::to_stderr(&format!("{line}\n"));
+    })
+}
