@@ -8,10 +8,11 @@ In:   `transformers` writes folders with random weights (grouped-query attention
       must equal those of `transformers`.
 
 How a text is cut, the same in `beringia eval FOLDER --text FILE` and here: the whole file is encoded by the
-folder's tokenizer.json, without beginning- or end-of-text tokens. With T = max_position_embeddings, window k holds
-the tokens [kT, kT + T], so that T + 1 tokens predict T, windows share one token, and every token but the first is
-predicted once. The last window may be shorter. The loss is the mean over all predicted tokens, in nats; bits per
-byte divide the summed loss by ln 2 and by the UTF-8 bytes of the predicted tokens.
+folder's tokenizer.json, without beginning- or end-of-text tokens; a special token that it spells out is text. With
+T = max_position_embeddings, window k holds the tokens [kT, kT + T], so that T + 1 tokens predict T, windows share one
+token, and every token but the first is predicted once. The last window may be shorter. The loss is the mean over all
+predicted tokens, in nats; bits per byte divide the summed loss by ln 2 and by the UTF-8 bytes of the predicted
+tokens.
 
 Not a test of speed or of training: `cargo test` and `cargo xtask bench engine` are.
 
@@ -145,6 +146,7 @@ def compare_logits(what, ours, theirs):
 def compare_eval(what, beringia, folder, model, text_file):
     """Holds `beringia eval` on a folder to the loss of `transformers` on the same windows."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # as in Beringia: a text that spells out a special token is still text
     text = text_file.read_bytes().decode("utf-8")
     encoding = tokenizer.encode(text, add_special_tokens=False)
     positions = model.config.max_position_embeddings
