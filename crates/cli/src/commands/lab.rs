@@ -27,7 +27,7 @@ const CARGO_SOURCES_BYTES: u64 = 6 << 20;
 /// Inner steps in a round of the lab.
 const INNER_STEPS: u64 = 20;
 
-/// Time for measuring each site alone, before and after.
+/// Time for measuring each site alone, before and after the run.
 const MEASURE_SECONDS: f64 = 4.0;
 
 /// Most sites: each is a process with a model of its own.
@@ -133,9 +133,31 @@ struct SiteSpec {
 
 /// What was seen while training.
 struct Watched {
+    follower: Follower,
     watch: Watch,
     records: Vec<Record>,
     outcomes: Vec<serde_json::Value>,
+}
+
+impl Watched {
+    fn new(log: &Path, config: &RunConfig, output: &Output) -> Self {
+        let (follower, watch) = (Follower::new(log), Watch::new(output, config));
+        Self { follower, watch, records: Vec::new(), outcomes: Vec::new() }
+    }
+
+    /// Takes what is new in the log; tells whether there was anything.
+    fn poll(&mut self) -> Result<bool, Failure> {
+        let before = self.records.len();
+        for record in self.follower.poll()? {
+            self.watch.see(&record);
+            self.records.push(record);
+        }
+        Ok(self.records.len() > before)
+    }
+
+    fn sites_ready(&self) -> usize {
+        self.records.iter().filter(|record| matches!(record.event, Event::SiteReady { .. })).count()
+    }
 }
 
 /// A child process that does not outlive the lab.
@@ -293,14 +315,18 @@ impl Lab {
         let log = self.log("coordinator");
         let mut coordinator = Process::start("the coordinator", &mut serve, &log)?;
         let invite = read_invite(&mut coordinator, &log)?;
+        let mut watched = Watched::new(&self.run_folder().join(EVENTS_FILE), config, output);
         let mut sites = Vec::new();
         for site in &self.sites {
             let mut join = self.command(&["--json", "join", &invite, "--name", &site.name]);
             join.arg("--folder").arg(self.site_folder(site)).args(["--listen", "127.0.0.1:0"]);
             join.args(["--threads", &site.threads.to_string(), "--slowdown", &site.slowdown.to_string()]);
             sites.push(Process::start(&site.name, &mut join, &self.log(&site.name))?);
+            // One after the other: each measures its speed on a quiet machine.
+            let wanted = sites.len();
+            self.follow(&mut watched, &mut coordinator, &mut sites, |watched| watched.sites_ready() >= wanted)?;
         }
-        let mut watched = self.watch(config, output, &mut coordinator, &mut sites)?;
+        self.follow(&mut watched, &mut coordinator, &mut sites, |_| false)?;
         watched.watch.finish();
         for (process, site) in sites.into_iter().zip(&self.sites) {
             // A site that failed is part of the report: it has no hash.
@@ -310,29 +336,26 @@ impl Lab {
         Ok(watched)
     }
 
-    fn watch(
+    /// Follows the coordinator's log until `enough`, or until the coordinator ends.
+    fn follow(
         &self,
-        config: &RunConfig,
-        output: &Output,
+        watched: &mut Watched,
         coordinator: &mut Process,
         sites: &mut [Process],
-    ) -> Result<Watched, Failure> {
-        let mut follower = Follower::new(&self.run_folder().join(EVENTS_FILE));
-        let mut watched = Watched { watch: Watch::new(output, config), records: Vec::new(), outcomes: Vec::new() };
+        enough: impl Fn(&Watched) -> bool,
+    ) -> Result<(), Failure> {
         let mut heard = Instant::now();
         loop {
+            // Asked before the log is read, so that nothing written before the end is missed.
             let ended = matches!(coordinator.child.try_wait(), Ok(Some(_)));
-            for record in follower.poll()? {
+            if watched.poll()? {
                 heard = Instant::now();
-                watched.watch.see(&record);
-                watched.records.push(record);
             }
-            if ended {
-                return Ok(watched);
+            if ended || enough(watched) {
+                return Ok(());
             }
             let all_gone = sites.iter_mut().all(|site| matches!(site.child.try_wait(), Ok(Some(_))));
-            let silent = heard.elapsed() > if all_gone { CHILD_GRACE } else { SILENCE_MAX };
-            if silent {
+            if heard.elapsed() > if all_gone { CHILD_GRACE } else { SILENCE_MAX } {
                 let message = "the coordinator says nothing any more";
                 return Err(Failure::new(message, format!("read the logs in {}", self.folder.display())));
             }
