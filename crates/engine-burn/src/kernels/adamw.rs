@@ -1,5 +1,6 @@
 //! The optimiser's arithmetic on `flex`: one pass over parameter, gradient and moments, in place.
 
+use super::buffers::recycle;
 use super::elementwise::{self, vectorised};
 use super::{FlexTensor, values};
 use crate::optimizer::AdamWStep;
@@ -31,6 +32,7 @@ pub(crate) fn adamw(
     let pieces = p.storage_mut::<f32>().par_chunks_mut(PIECE).zip(values(&gradient).par_chunks(PIECE));
     let moments = m.storage_mut::<f32>().par_chunks_mut(PIECE).zip(v.storage_mut::<f32>().par_chunks_mut(PIECE));
     pieces.zip(moments).for_each(|((p, g), (m, v))| step_piece(step, p, g, m, v));
+    recycle(gradient);
     *parameter = Tensor::from_primitive::<Flex>(p);
     *first = Tensor::from_primitive::<Flex>(m);
     *second = Tensor::from_primitive::<Flex>(v);

@@ -9,6 +9,7 @@
 //! future is not computed, but for the triangle on the diagonal, and no mask exists. Rotary embedding is applied when a
 //! head is copied out of the projections, and undone on the way back.
 
+use super::buffers::Buffer;
 use super::elementwise::{exp, maximum, sum_lanes, vectorised};
 use super::linear::{Matrix, MatrixMut, Store, multiply};
 use base::ModelShape;
@@ -128,18 +129,21 @@ fn turn(head: &mut [f32], head_size: usize, rotary: Rotary<'_>, direction: f32, 
 /// Working memory of one group.
 #[derive(Debug)]
 pub(super) struct Scratch {
-    heads: Vec<f32>,
-    scores: Vec<f32>,
-    gradient_scores: Vec<f32>,
+    heads: Buffer,
+    /// Key, then value, as `[d, t]`: the layout in which a product with many queries reads them without packing.
+    transposed: Buffer,
+    scores: Buffer,
+    gradient_scores: Buffer,
 }
 
 impl Scratch {
     pub(super) fn new(spec: AttentionSpec) -> Self {
         let block = QUERY_BLOCK.min(spec.positions) * spec.positions;
         Self {
-            heads: vec![0.0; spec.group_projected_elements()],
-            scores: vec![0.0; block],
-            gradient_scores: vec![0.0; block],
+            heads: Buffer::stale(spec.group_projected_elements()),
+            transposed: Buffer::stale(2 * spec.head_elements()),
+            scores: Buffer::stale(block),
+            gradient_scores: Buffer::stale(block),
         }
     }
 }
@@ -161,11 +165,13 @@ pub(super) fn forward(
 ) {
     gather_group(spec, projected, group, rotary, &mut scratch.heads);
     let (queries, key, value) = split_group(spec, &scratch.heads);
+    let key_dt = &mut scratch.transposed[..spec.head_elements()];
+    transpose(key, spec.head_size, key_dt);
     let outputs = context.chunks_exact_mut(spec.head_elements()).zip(log_sum.chunks_exact_mut(spec.positions));
     for (query, (context, log_sum)) in queries.chunks_exact(spec.head_elements()).zip(outputs) {
         for block in query_blocks(spec.positions) {
             let scores = &mut scratch.scores[..block.len() * block.end];
-            score(spec, query, key, &block, scores);
+            score(spec, query, key_dt, &block, scores);
             softmax_causal(scores, &block, &mut log_sum[block.clone()]);
             let rows = block.start * spec.head_size..block.end * spec.head_size;
             let value = Matrix::new(&value[..block.end * spec.head_size], spec.head_size);
@@ -182,11 +188,21 @@ fn split_group(spec: AttentionSpec, heads: &[f32]) -> (&[f32], &[f32], &[f32]) {
     (queries, key, value)
 }
 
-/// Scores of a block of queries against all keys up to its end.
-fn score(spec: AttentionSpec, query: &[f32], key: &[f32], block: &std::ops::Range<usize>, scores: &mut [f32]) {
-    let query = Matrix::new(&query[block.start * spec.head_size..block.end * spec.head_size], spec.head_size);
-    let key = Matrix::new(&key[..block.end * spec.head_size], spec.head_size);
-    multiply(MatrixMut::new(scores, block.end), Store::Replace, query, key.transposed());
+/// A block of rows of `rows_td` times the first `block.end` columns of `columns_dt`: scores from queries and keys.
+fn score(spec: AttentionSpec, rows_td: &[f32], columns_dt: &[f32], block: &std::ops::Range<usize>, scores: &mut [f32]) {
+    let rows = Matrix::new(&rows_td[block.start * spec.head_size..block.end * spec.head_size], spec.head_size);
+    let columns = Matrix::new(columns_dt, spec.positions).columns(0, block.end);
+    multiply(MatrixMut::new(scores, block.end), Store::Replace, rows, columns);
+}
+
+/// `[t, d]` as `[d, t]`.
+fn transpose(from_td: &[f32], head_size: usize, to_dt: &mut [f32]) {
+    let positions = from_td.len() / head_size;
+    for (position, row) in from_td.chunks_exact(head_size).enumerate() {
+        for (index, value) in row.iter().enumerate() {
+            to_dt[index * positions + position] = *value;
+        }
+    }
 }
 
 /// Softmax of row i over its first i + 1 keys, zero behind; log-sum-exp of every row.
@@ -270,6 +286,9 @@ pub(super) fn backward(
     let (head_elements, size) = (spec.head_elements(), spec.head_size);
     gather_group(spec, upstream.projected, group, rotary, &mut scratch.heads);
     let (queries, key, value) = split_group(spec, &scratch.heads);
+    let (key_dt, value_dt) = scratch.transposed.split_at_mut(head_elements);
+    transpose(key, size, key_dt);
+    transpose(value, size, value_dt);
     let (gradient_queries, rest) = gradient_heads.split_at_mut(spec.group_heads * head_elements);
     let (gradient_key, gradient_value) = rest.split_at_mut(head_elements);
     gradient_key.fill(0.0);
@@ -285,16 +304,16 @@ pub(super) fn backward(
             let rows = block.start * size..block.end * size;
             let weights = &mut scratch.scores[..block.len() * keys];
             let d_scores = &mut scratch.gradient_scores[..block.len() * keys];
-            let (key, value) = (Matrix::new(&key[..keys * size], size), Matrix::new(&value[..keys * size], size));
-            score(spec, query, &scratch.heads[spec.group_heads * head_elements..], &block, weights);
+            score(spec, query, key_dt, &block, weights);
             softmax_again(weights, &block, &log_sum[block.clone()]);
             let d_out = &gradient_context[rows.clone()];
             let d_out_matrix = Matrix::new(d_out, size);
             let d_value = MatrixMut::new(&mut gradient_value[..keys * size], size);
             multiply(d_value, Store::Add, Matrix::new(weights, keys).transposed(), d_out_matrix);
-            multiply(MatrixMut::new(d_scores, keys), Store::Replace, d_out_matrix, value.transposed());
+            score(spec, gradient_context, value_dt, &block, d_scores);
             softmax_backward(weights, d_scores, keys, size, d_out, &context[rows.clone()]);
             let d_scores = Matrix::new(d_scores, keys);
+            let key = Matrix::new(&key[..keys * size], size);
             multiply(MatrixMut::new(&mut gradient_query[rows.clone()], size), Store::Replace, d_scores, key);
             let query = Matrix::new(&query[rows], size);
             let d_key = MatrixMut::new(&mut gradient_key[..keys * size], size);

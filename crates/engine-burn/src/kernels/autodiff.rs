@@ -2,6 +2,7 @@
 
 use super::attention::AttentionSpec;
 use super::block::BLOCK_WEIGHTS;
+use super::buffers::recycle;
 use super::{FlexTensor, FusedBlocks, block, columns, head, ids_of, rotary, tensor, values, weights_of};
 use burn::backend::Flex;
 use burn::backend::autodiff::Autodiff;
@@ -31,6 +32,7 @@ impl Backward<Flex, 1> for EmbeddingBackward {
         if let Some(node) = parent {
             gradients.register::<Flex>(node.id, tensor(table, [vocabulary, hidden]));
         }
+        recycle(gradient);
     }
 }
 
@@ -64,6 +66,8 @@ impl Backward<Flex, BLOCK_PARENTS> for BlockBackward {
                 gradients.register::<Flex>(node.id, tensor(gradient, shape_of(like)));
             }
         }
+        recycle(d_out);
+        recycle(x);
     }
 }
 
@@ -85,6 +89,8 @@ impl Backward<Flex, 3> for HeadLossBackward {
                 gradients.register::<Flex>(node.id, tensor(gradient, shape));
             }
         }
+        let [x, ..] = inputs;
+        recycle(x);
     }
 }
 

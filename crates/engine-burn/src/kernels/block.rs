@@ -8,6 +8,7 @@
 //! suffixes as in [`crate::model`].
 
 use super::attention::{self, AttentionSpec, Rotary, Scratch, Upstream};
+use super::buffers::Buffer;
 use super::elementwise::{rms_norm, rms_norm_again, rms_norm_backward, swiglu, swiglu_backward};
 use super::linear::{Matrix, MatrixMut, Store, multiply};
 use rayon::prelude::*;
@@ -16,7 +17,7 @@ use rayon::prelude::*;
 pub(super) const ROW_PIECE: usize = 256;
 
 /// Rows of a weight gradient in one piece of work.
-const WEIGHT_PIECE: usize = 128;
+const WEIGHT_PIECE: usize = 256;
 
 /// Tensors of a block, in canonical order.
 pub(super) const BLOCK_WEIGHTS: usize = 9;
@@ -55,14 +56,61 @@ impl Weights<'_> {
 /// What the forward pass keeps for the backward pass.
 #[derive(Debug)]
 pub(super) struct Saved {
-    attention_inverse_rms_n: Vec<f32>,
-    projected_nw: Vec<f32>,
-    context_bgrtd: Vec<f32>,
-    log_sum_bgrt: Vec<f32>,
-    middle_nh: Vec<f32>,
-    feed_forward_inverse_rms_n: Vec<f32>,
-    gate_nf: Vec<f32>,
-    up_nf: Vec<f32>,
+    attention_inverse_rms_n: Buffer,
+    projected_nw: Buffer,
+    context_bgrtd: Buffer,
+    log_sum_bgrt: Buffer,
+    middle_nh: Buffer,
+    feed_forward_inverse_rms_n: Buffer,
+    gate_nf: Buffer,
+    up_nf: Buffer,
+}
+
+/// Weights as `[in, out]`. A product reads them in this layout as they are; in the other it would rearrange them again for
+/// every piece of rows.
+struct Transposed {
+    /// Queries, keys and values side by side: `[h, w]`.
+    projections_hw: Buffer,
+    output_qh: Buffer,
+    gate_hf: Buffer,
+    up_hf: Buffer,
+    down_fh: Buffer,
+}
+
+impl Transposed {
+    fn new(spec: AttentionSpec, weights: Weights<'_>) -> Self {
+        let (hidden, inner, width) = (weights.hidden(), weights.inner(), spec.projected_width());
+        let mut transposed = Self {
+            projections_hw: Buffer::stale(hidden * width),
+            output_qh: Buffer::stale(weights.output.len()),
+            gate_hf: Buffer::stale(weights.gate.len()),
+            up_hf: Buffer::stale(weights.up.len()),
+            down_fh: Buffer::stale(weights.down.len()),
+        };
+        for (weight, column, columns) in weights.projections() {
+            transpose_into(weight, columns, hidden, &mut transposed.projections_hw[column..], width);
+        }
+        transpose_into(weights.output, hidden, spec.query_width(), &mut transposed.output_qh, hidden);
+        transpose_into(weights.gate, inner, hidden, &mut transposed.gate_hf, inner);
+        transpose_into(weights.up, inner, hidden, &mut transposed.up_hf, inner);
+        transpose_into(weights.down, hidden, inner, &mut transposed.down_fh, hidden);
+        transposed
+    }
+}
+
+/// `from` `[rows, columns]` as `to` `[columns, rows]`, whose rows lie `stride` apart; in tiles that fit the first-level cache.
+fn transpose_into(from: &[f32], rows: usize, columns: usize, to: &mut [f32], stride: usize) {
+    const TILE: usize = 32;
+    for first_row in (0..rows).step_by(TILE) {
+        for first_column in (0..columns).step_by(TILE) {
+            for column in first_column..columns.min(first_column + TILE) {
+                let to = &mut to[column * stride + first_row..column * stride + rows.min(first_row + TILE)];
+                for (row, value) in to.iter_mut().enumerate() {
+                    *value = from[(first_row + row) * columns + column];
+                }
+            }
+        }
+    }
 }
 
 /// The residual stream after the block, and what its backward pass needs.
@@ -74,37 +122,34 @@ pub(super) fn forward(
 ) -> (Vec<f32>, Saved) {
     let (hidden, inner) = (weights.hidden(), weights.inner());
     let rows = spec.samples * spec.positions;
+    let transposed = Transposed::new(spec, weights);
     let mut saved = Saved {
-        attention_inverse_rms_n: vec![0.0; rows],
-        projected_nw: vec![0.0; rows * spec.projected_width()],
-        context_bgrtd: vec![0.0; rows * spec.query_width()],
-        log_sum_bgrt: vec![0.0; rows * spec.groups * spec.group_heads],
-        middle_nh: vec![0.0; rows * hidden],
-        feed_forward_inverse_rms_n: vec![0.0; rows],
-        gate_nf: vec![0.0; rows * inner],
-        up_nf: vec![0.0; rows * inner],
+        attention_inverse_rms_n: Buffer::stale(rows),
+        projected_nw: Buffer::stale(rows * spec.projected_width()),
+        context_bgrtd: Buffer::stale(rows * spec.query_width()),
+        log_sum_bgrt: Buffer::stale(rows * spec.groups * spec.group_heads),
+        middle_nh: Buffer::stale(rows * hidden),
+        feed_forward_inverse_rms_n: Buffer::stale(rows),
+        gate_nf: Buffer::stale(rows * inner),
+        up_nf: Buffer::stale(rows * inner),
     };
-    project(spec, x_nh, weights, &mut saved);
+    project(spec, x_nh, weights, &transposed, &mut saved);
     attend(spec, rotary, &mut saved);
-    let out_nh = feed_forward(spec, x_nh, weights, &mut saved);
-    (out_nh, saved)
+    let out_nh = feed_forward(spec, x_nh, weights, &transposed, &mut saved);
+    (out_nh.into_vec(), saved)
 }
 
 /// Norm, then queries, keys and values.
-fn project(spec: AttentionSpec, x_nh: &[f32], weights: Weights<'_>, saved: &mut Saved) {
+fn project(spec: AttentionSpec, x_nh: &[f32], weights: Weights<'_>, transposed: &Transposed, saved: &mut Saved) {
     let (hidden, width) = (weights.hidden(), spec.projected_width());
     let pieces = saved.projected_nw.par_chunks_mut(ROW_PIECE * width).zip(x_nh.par_chunks(ROW_PIECE * hidden));
     pieces.zip(saved.attention_inverse_rms_n.par_chunks_mut(ROW_PIECE)).for_each_init(
-        || vec![0.0; ROW_PIECE * hidden],
+        || Buffer::stale(ROW_PIECE * hidden),
         |normed, ((projected, x), inverse_rms)| {
             let normed = &mut normed[..x.len()];
             rms_norm(x, weights.attention_norm, spec.epsilon as f32, normed, inverse_rms);
-            for (weight, column, columns) in weights.projections() {
-                let rows = inverse_rms.len();
-                let destination = MatrixMut::strided(&mut projected[column..], rows, columns, width);
-                let weight = Matrix::new(weight, hidden).transposed();
-                multiply(destination, Store::Replace, Matrix::new(normed, hidden), weight);
-            }
+            let projections = Matrix::new(&transposed.projections_hw, width);
+            multiply(MatrixMut::new(projected, width), Store::Replace, Matrix::new(normed, hidden), projections);
         },
     );
 }
@@ -125,31 +170,43 @@ fn attend(spec: AttentionSpec, rotary: Rotary<'_>, saved: &mut Saved) {
 }
 
 /// Output projection, residual, norm, SwiGLU, residual.
-fn feed_forward(spec: AttentionSpec, x_nh: &[f32], weights: Weights<'_>, saved: &mut Saved) -> Vec<f32> {
+fn feed_forward(
+    spec: AttentionSpec,
+    x_nh: &[f32],
+    weights: Weights<'_>,
+    transposed: &Transposed,
+    saved: &mut Saved,
+) -> Buffer {
     let (hidden, inner, query_width) = (weights.hidden(), weights.inner(), spec.query_width());
-    let mut out_nh = vec![0.0; x_nh.len()];
+    let mut out_nh = Buffer::stale(x_nh.len());
     let context = &saved.context_bgrtd;
     let streams = out_nh.par_chunks_mut(ROW_PIECE * hidden).zip(saved.middle_nh.par_chunks_mut(ROW_PIECE * hidden));
     let wide = saved.gate_nf.par_chunks_mut(ROW_PIECE * inner).zip(saved.up_nf.par_chunks_mut(ROW_PIECE * inner));
     let inverse_rms = saved.feed_forward_inverse_rms_n.par_chunks_mut(ROW_PIECE);
     streams.zip(wide).zip(inverse_rms).zip(x_nh.par_chunks(ROW_PIECE * hidden)).enumerate().for_each_init(
-        || (vec![0.0; ROW_PIECE * query_width], vec![0.0; ROW_PIECE * hidden], vec![0.0; ROW_PIECE * inner]),
+        || {
+            (
+                Buffer::stale(ROW_PIECE * query_width),
+                Buffer::stale(ROW_PIECE * hidden),
+                Buffer::stale(ROW_PIECE * inner),
+            )
+        },
         |(mixed, normed, gated), (piece, ((((out, middle), (gate, up)), inverse_rms), x))| {
             let rows = inverse_rms.len();
             let mixed = &mut mixed[..rows * query_width];
             let (normed, gated) = (&mut normed[..rows * hidden], &mut gated[..rows * inner]);
             gather_context(spec, context, piece * ROW_PIECE, mixed);
             middle.copy_from_slice(x);
-            let output = Matrix::new(weights.output, query_width).transposed();
+            let output = Matrix::new(&transposed.output_qh, hidden);
             multiply(MatrixMut::new(middle, hidden), Store::Add, Matrix::new(mixed, query_width), output);
             rms_norm(middle, weights.feed_forward_norm, spec.epsilon as f32, normed, inverse_rms);
             let normed = Matrix::new(normed, hidden);
-            let weight = |values| Matrix::new(values, hidden).transposed();
-            multiply(MatrixMut::new(gate, inner), Store::Replace, normed, weight(weights.gate));
-            multiply(MatrixMut::new(up, inner), Store::Replace, normed, weight(weights.up));
+            let (gate_hf, up_hf) = (Matrix::new(&transposed.gate_hf, inner), Matrix::new(&transposed.up_hf, inner));
+            multiply(MatrixMut::new(gate, inner), Store::Replace, normed, gate_hf);
+            multiply(MatrixMut::new(up, inner), Store::Replace, normed, up_hf);
             swiglu(gate, up, gated);
             out.copy_from_slice(middle);
-            let down = Matrix::new(weights.down, inner).transposed();
+            let down = Matrix::new(&transposed.down_fh, hidden);
             multiply(MatrixMut::new(out, hidden), Store::Add, Matrix::new(gated, inner), down);
         },
     );
@@ -184,21 +241,21 @@ struct Pass<'a> {
 
 /// What the feed-forward part of the backward pass leaves for the rest.
 struct FeedForwardBackward {
-    gated_nf: Vec<f32>,
-    d_gate_nf: Vec<f32>,
-    d_up_nf: Vec<f32>,
-    normed_nh: Vec<f32>,
-    d_middle_nh: Vec<f32>,
-    mixed_nq: Vec<f32>,
-    d_mixed_nq: Vec<f32>,
+    gated_nf: Buffer,
+    d_gate_nf: Buffer,
+    d_up_nf: Buffer,
+    normed_nh: Buffer,
+    d_middle_nh: Buffer,
+    mixed_nq: Buffer,
+    d_mixed_nq: Buffer,
     d_norm_h: Vec<f32>,
 }
 
 /// What the projections' part leaves.
 struct ProjectBackward {
-    d_projected_nw: Vec<f32>,
-    normed_nh: Vec<f32>,
-    d_x_nh: Vec<f32>,
+    d_projected_nw: Buffer,
+    normed_nh: Buffer,
+    d_x_nh: Buffer,
     d_norm_h: Vec<f32>,
 }
 
@@ -225,13 +282,13 @@ impl Pass<'_> {
         let rows = spec.samples * spec.positions;
         let mut d_norm_partial = vec![0.0; rows.div_ceil(ROW_PIECE) * hidden];
         let mut pass = FeedForwardBackward {
-            gated_nf: vec![0.0; rows * inner],
-            d_gate_nf: vec![0.0; rows * inner],
-            d_up_nf: vec![0.0; rows * inner],
-            normed_nh: vec![0.0; rows * hidden],
-            d_middle_nh: vec![0.0; rows * hidden],
-            mixed_nq: vec![0.0; rows * query_width],
-            d_mixed_nq: vec![0.0; rows * query_width],
+            gated_nf: Buffer::stale(rows * inner),
+            d_gate_nf: Buffer::stale(rows * inner),
+            d_up_nf: Buffer::stale(rows * inner),
+            normed_nh: Buffer::stale(rows * hidden),
+            d_middle_nh: Buffer::stale(rows * hidden),
+            mixed_nq: Buffer::stale(rows * query_width),
+            d_mixed_nq: Buffer::stale(rows * query_width),
             d_norm_h: Vec::new(),
         };
         let wide = pass.gated_nf.par_chunks_mut(ROW_PIECE * inner);
@@ -243,7 +300,7 @@ impl Pass<'_> {
         let heads = heads.zip(pass.d_mixed_nq.par_chunks_mut(ROW_PIECE * query_width));
         let pieces = wide.zip(streams).zip(heads).zip(d_norm_partial.par_chunks_mut(hidden)).enumerate();
         pieces.for_each_init(
-            || vec![0.0; ROW_PIECE * hidden],
+            || Buffer::stale(ROW_PIECE * hidden),
             |d_normed, (piece, (((wide, (normed, d_middle)), (mixed, d_mixed)), d_norm))| {
                 let ((gated, d_gate), d_up) = wide;
                 let first = piece * ROW_PIECE;
@@ -277,14 +334,14 @@ impl Pass<'_> {
     }
 
     /// Gradients `[b, g, r + 2, t, d]` of every group's heads.
-    fn attend(&self, d_mixed_nq: &[f32]) -> Vec<f32> {
+    fn attend(&self, d_mixed_nq: &[f32]) -> Buffer {
         let (spec, saved) = (self.spec, self.saved);
-        let mut d_heads = vec![0.0; spec.samples * spec.groups * spec.group_projected_elements()];
+        let mut d_heads = Buffer::stale(spec.samples * spec.groups * spec.group_projected_elements());
         let (context_elements, log_elements) = (spec.group_context_elements(), spec.group_heads * spec.positions);
         let (projected_elements, mixed_elements) =
             (spec.positions * spec.projected_width(), spec.positions * spec.query_width());
         d_heads.par_chunks_mut(spec.group_projected_elements()).enumerate().for_each_init(
-            || (Scratch::new(spec), vec![0.0; context_elements]),
+            || (Scratch::new(spec), Buffer::stale(context_elements)),
             |(scratch, d_context), (index, d_heads)| {
                 let (sample, group) = (index / spec.groups, index % spec.groups);
                 let d_mixed = &d_mixed_nq[sample * mixed_elements..(sample + 1) * mixed_elements];
@@ -307,16 +364,16 @@ impl Pass<'_> {
         let rows = spec.samples * spec.positions;
         let mut d_norm_partial = vec![0.0; rows.div_ceil(ROW_PIECE) * hidden];
         let mut pass = ProjectBackward {
-            d_projected_nw: vec![0.0; rows * width],
-            normed_nh: vec![0.0; rows * hidden],
-            d_x_nh: vec![0.0; rows * hidden],
+            d_projected_nw: Buffer::stale(rows * width),
+            normed_nh: Buffer::stale(rows * hidden),
+            d_x_nh: Buffer::stale(rows * hidden),
             d_norm_h: Vec::new(),
         };
         let streams = pass.normed_nh.par_chunks_mut(ROW_PIECE * hidden);
         let streams = streams.zip(pass.d_x_nh.par_chunks_mut(ROW_PIECE * hidden));
         let pieces = pass.d_projected_nw.par_chunks_mut(ROW_PIECE * width).zip(streams);
         pieces.zip(d_norm_partial.par_chunks_mut(hidden)).enumerate().for_each_init(
-            || vec![0.0; ROW_PIECE * hidden],
+            || Buffer::stale(ROW_PIECE * hidden),
             |d_normed, (piece, ((d_projected, (normed, d_x)), d_norm))| {
                 let rows = piece * ROW_PIECE..piece * ROW_PIECE + d_x.len() / hidden;
                 let elements = rows.start * hidden..rows.end * hidden;
@@ -356,7 +413,7 @@ impl Pass<'_> {
             (Matrix::new(&feed_forward.d_up_nf, inner), inner, feed_forward_in, hidden),
             (Matrix::new(d_out_nh, hidden), hidden, Matrix::new(&feed_forward.gated_nf, inner), inner),
         ];
-        let mut matrices = factors.map(|(_, rows, _, columns)| vec![0.0; rows * columns]);
+        let mut matrices = factors.map(|(_, rows, _, columns)| Buffer::stale(rows * columns));
         let jobs = matrices.iter_mut().zip(factors).flat_map(|(gradient, (d_y, _, x, columns))| {
             let pieces = gradient.chunks_mut(WEIGHT_PIECE * columns).enumerate();
             pieces.map(move |(piece, gradient)| (gradient, d_y, piece * WEIGHT_PIECE, x, columns))
@@ -366,10 +423,10 @@ impl Pass<'_> {
             let d_y = d_y.columns(first, gradient.len() / columns).transposed();
             multiply(MatrixMut::new(gradient, columns), Store::Replace, d_y, x);
         });
-        let [query, key, value, output, gate, up, down] = matrices;
+        let [query, key, value, output, gate, up, down] = matrices.map(Buffer::into_vec);
         let (attention_norm, feed_forward_norm) = (project.d_norm_h, feed_forward.d_norm_h);
         Gradients {
-            x_nh: project.d_x_nh,
+            x_nh: project.d_x_nh.into_vec(),
             weights: [query, key, value, output, gate, up, down, attention_norm, feed_forward_norm],
         }
     }

@@ -8,6 +8,7 @@ mod adamw;
 mod attention;
 mod autodiff;
 mod block;
+mod buffers;
 mod elementwise;
 mod head;
 mod linear;
