@@ -268,6 +268,7 @@ struct Agent {
     deltas: BTreeMap<SiteId, Bytes>,
     abandon: Arc<AtomicBool>,
     transfers: JoinSet<Fetched>,
+    fetching_round: Round,
     visitors: JoinSet<()>,
     delta_bytes: u64,
     state_bytes: u64,
@@ -317,6 +318,7 @@ impl Agent {
             deltas: BTreeMap::new(),
             abandon: Arc::default(),
             transfers: JoinSet::new(),
+            fetching_round: saved.commit.round,
             visitors: JoinSet::new(),
             delta_bytes,
             state_bytes,
@@ -462,11 +464,17 @@ impl Agent {
             deltas.push((contributor.tokens, delta));
         }
         self.deltas.clear();
+        // A delta that is not part of the commit is not wanted any more.
+        self.transfers.abort_all();
         let evaluate = self.shelf.is_first();
         self.job(Job::Apply { commit, deltas, evaluate });
     }
 
     fn fetch_delta(&mut self, round: Round, contributor: Contributor) {
+        if std::mem::replace(&mut self.fetching_round, round) != round {
+            // What is left of a round that was given up.
+            self.transfers.abort_all();
+        }
         let holders = self.shelf.holders(&[contributor.site]);
         let request = BlobRequest {
             key: BlobKey::Delta { round, fragment: 0, site: contributor.site },
