@@ -1,6 +1,7 @@
 //! Against an independent implementation: `transformers.LlamaForCausalLM` trained by `torch.optim.AdamW`.
 //!
 //! `python/golden.py` made the files and says how.
+#![allow(clippy::unwrap_used)] // Helpers of tests may panic, as the tests do.
 
 use base::config::TrainSection;
 use base::{HostTensor, ModelShape, NamedTensors, ParameterSchema, TokenBatch};

@@ -1,4 +1,5 @@
 //! The fused blocks compute what the composed ones do: loss, every gradient, parameters after steps.
+#![allow(clippy::unwrap_used)] // Helpers of tests may panic, as the tests do.
 
 use base::config::TrainSection;
 use base::{ModelShape, TokenBatch};
