@@ -4,7 +4,6 @@ use crate::failure::Failure;
 use crate::output::Output;
 use base::{NamedTensors, ParameterSchema, Round, RunConfig};
 use data::TextTokenizer;
-use site::state::MODEL_STEM;
 use site::{Mode, RunFolder, SavedState, TrainingState};
 use std::path::{Path, PathBuf};
 
@@ -95,7 +94,7 @@ pub(crate) fn newest_state(run: &RunFolder, config: &RunConfig, output: &Output)
     Ok(state)
 }
 
-/// Before the first step, `[model]` and `seed` may still be edited: the initial state is then made anew, and takes
+/// Before the first step, `[model]`, `[sync] strategy` and `seed` may still be edited: the initial state is then made anew, and takes
 /// the place of the one that `beringia init` made. Nothing is lost: it follows from the settings.
 ///
 /// # Errors
@@ -107,13 +106,14 @@ pub(crate) fn refresh_initial_state(run: &RunFolder, config: &RunConfig, output:
     // What cannot be loaded is reported by whoever needs it.
     let Ok(loaded) = checkpoint::load_latest::<SavedState>(&run.checkpoints()) else { return Ok(()) };
     let schema = ParameterSchema::llama(&config.model);
-    let model_fits = loaded.tensors.get(MODEL_STEM).is_some_and(|model| schema.flatten(model).is_ok());
-    let is_current = model_fits && loaded.state.seed == config.run.seed;
-    if is_current || loaded.state.mode != Mode::Initial {
+    let (mode, seed) = (loaded.state.mode, loaded.state.seed);
+    let fits = TrainingState::from_checkpoint(config, &schema, loaded.state, &loaded.tensors).is_ok();
+    if (fits && seed == config.run.seed) || mode != Mode::Initial {
         return Ok(());
     }
     save_initial_state(run, config)?;
-    output.warning("[model] or seed was changed before the first step: the initial weights were made anew");
+    output
+        .warning("[model], [sync] strategy or seed was changed before the first step: the initial state was made anew");
     Ok(())
 }
 

@@ -276,7 +276,7 @@ fn the_model_may_be_edited_before_the_first_step() {
     let place = Place::new();
     let run = place.run();
     let output = beringia(&["eval", path(&run)]);
-    let warning = "warning: [model] or seed was changed before the first step: the initial weights were made anew\n";
+    let warning = "warning: [model], [sync] strategy or seed was changed before the first step: the initial state was made anew\n";
     assert_eq!(text_of(&output.stderr).lines().next(), warning.lines().next());
     let text_without_progress = |arguments: &[&str]| text_of(&beringia(arguments).stderr);
     assert!(!text_without_progress(&["eval", path(&run), "--json"]).contains("warning"), "only once");

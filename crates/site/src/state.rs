@@ -176,6 +176,12 @@ impl TrainingState {
             }
         }
         let global = GlobalState { parameters: schema.flatten(parameters)?, outer, commit: saved.commit.clone() };
+        let found = global.hash();
+        if found != saved.state_hash {
+            let (expected, name) = (saved.state_hash, "global state".to_owned());
+            let reason = format!("BLAKE3 {found}, saved as {expected}; was [sync] strategy changed in mid-run?");
+            return Err(TensorMismatch { name, reason });
+        }
         let moments = |stem: &str| tensors.get(stem).cloned().unwrap_or_default();
         let inner = EngineState {
             parameters: parameters.clone(),
