@@ -10,6 +10,7 @@ mod failure;
 mod format;
 mod models;
 mod output;
+mod overrides;
 mod progress;
 mod run_file;
 mod signals;

@@ -7,6 +7,7 @@ use crate::failure::Failure;
 use crate::format::{bytes, count, counted};
 use crate::models::save_initial_state;
 use crate::output::Output;
+use crate::overrides::{self, Override};
 use crate::progress::Progress;
 use crate::run_file;
 use base::{ContentHash, ModelShape, ParameterSchema, RunConfig};
@@ -48,6 +49,9 @@ pub(crate) struct Args {
     /// Size of the model, in parameters.
     #[arg(long, value_enum, default_value = "1m")]
     size: Size,
+    /// A key of run.toml to set, as in train.steps=100; may be repeated.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    overrides: Vec<Override>,
 }
 
 /// Models that `--size` offers. Counts hold for the tokenizer trained by default.
@@ -162,6 +166,8 @@ pub(crate) struct Summary {
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     refuse_existing(&args.run)?;
+    // Checked before the text is read, which may take long.
+    overrides::check(&args.size.config(&run_name(&args.run), args.size.vocabulary_size()), &args.overrides)?;
     let corpus = Corpus::folder(&args.data)?;
     output.line(format_args!(
         "reading    {} in {}",
@@ -171,7 +177,8 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let vocabulary_size = args.vocabulary.unwrap_or_else(|| args.size.vocabulary_size());
     let tokenizer = args.tokenizer.map_or(TokenizerSource::Train { vocabulary_size }, TokenizerSource::Load);
     let mut progress = Progress::new(output, "encoding", corpus.file_bytes());
-    let options = InitOptions { corpus, tokenizer, size: args.size, configure: &|_| {} };
+    let configure = |config: &mut RunConfig| overrides::apply(config, &args.overrides);
+    let options = InitOptions { corpus, tokenizer, size: args.size, configure: &configure };
     let summary = create(&args.run, options, &mut |step| {
         if let PrepareProgress::Encoding { file_bytes, .. } = step {
             progress.set(file_bytes);
