@@ -142,7 +142,7 @@ impl Hint for InviteError {
     fn hint(&self) -> Option<String> {
         Some(match self {
             Self::OtherVersion => "install the same version on all sites; `beringia --version` shows yours".to_owned(),
-            Self::Address(_) => "give it as `--address HOST:PORT`".to_owned(),
+            Self::Address(_) => "give the host alone: `--advertise HOST`".to_owned(),
             Self::RunName(_) => "change [run] name in run.toml".to_owned(),
             _ => "copy the whole word that `beringia serve` printed, from 'beringia1-' to its end".to_owned(),
         })

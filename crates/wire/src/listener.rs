@@ -143,15 +143,16 @@ pub enum ListenError {
 
 impl Hint for ListenError {
     fn hint(&self) -> Option<String> {
-        let port_above = |port: u16| if port < u16::MAX { port + 1 } else { 4520 };
+        let port_above = |port: u16| if port < u16::MAX { port + 1 } else { 7447 };
         Some(match self {
             Self::PortInUse { address } => format!(
-                "take another one with `--port {}`, or see who has it: `ss -ltnp 'sport = :{}'`",
+                "take another one with `--listen {}:{}`, or see who has it: `ss -ltnp 'sport = :{}'`",
+                address.ip(),
                 port_above(address.port()),
                 address.port()
             ),
             Self::Refused { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
-                "ports under 1024 need privileges; take one above with `--port 4520`".to_owned()
+                "ports under 1024 need privileges; take one above with `--listen 0.0.0.0:7447`".to_owned()
             }
             Self::Refused { .. } => "listen on an address of this machine; `ip address` lists them".to_owned(),
         })

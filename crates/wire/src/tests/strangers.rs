@@ -224,7 +224,7 @@ async fn a_port_in_use_is_named_with_a_way_out() {
         let error = Listener::bind(listener.address(), &server, &Traffic::new()).await.unwrap_err();
         assert!(matches!(error, ListenError::PortInUse { .. }), "{error}");
         assert!(error.to_string().contains(&listener.address().port().to_string()));
-        assert!(error.hint().unwrap().contains("--port "), "{:?}", error.hint());
+        assert!(error.hint().unwrap().contains("--listen "), "{:?}", error.hint());
     })
     .await;
 }
