@@ -30,6 +30,8 @@ pub struct Outcome {
     pub evaluation: Option<Evaluation>,
     /// BLAKE3 of the state.
     pub state_hash: base::ContentHash,
+    /// Whether that state is in a checkpoint: a disk that is full does not stop training.
+    pub saved: bool,
 }
 
 /// Trains from `state` until the configured number of steps, at most up to step `steps_max`, or until `stop` is set.
@@ -65,11 +67,11 @@ pub fn train_alone(
             run.save(reporter)?;
         }
     }
-    run.save(reporter)?;
+    let is_saved = run.save(reporter)?;
     let saved = &run.state.saved;
     let finished = saved.step >= config.train.steps;
-    let outcome =
-        Outcome { step: saved.step, tokens: saved.tokens, finished, evaluation, state_hash: saved.state_hash };
+    let (step, tokens, state_hash) = (saved.step, saved.tokens, saved.state_hash);
+    let outcome = Outcome { step, tokens, finished, evaluation, state_hash, saved: is_saved };
     if finished {
         let verdict = format!("{} steps done", outcome.step);
         let (state_hash, rounds) = (outcome.state_hash, outcome.step / config.steps_per_round());
@@ -113,7 +115,8 @@ impl Alone<'_> {
         Ok(evaluation)
     }
 
-    fn save(&mut self, reporter: &mut Reporter) -> Result<(), TrainError> {
+    /// Saves; false where that failed and was reported.
+    fn save(&mut self, reporter: &mut Reporter) -> Result<bool, TrainError> {
         let saved_before = self.state.saved.clone();
         self.state.inner = self.trainer.engine().save()?;
         let schema = self.trainer.schema().clone();
@@ -128,14 +131,13 @@ impl Alone<'_> {
         saved.optimizer_steps = self.state.inner.optimizer_steps;
         saved.state_hash = self.state.global.hash();
         if step == 0 {
-            return Ok(());
+            return Ok(true);
         }
-        save_checkpoint(self.folder, self.config, &self.state, Round(step), &schema, reporter);
-        Ok(())
+        Ok(save_checkpoint(self.folder, self.config, &self.state, Round(step), &schema, reporter))
     }
 }
 
-/// Saves, or says why not: a disk that is full must not stop training.
+/// Saves, or gives false and says why not: a disk that is full must not stop training.
 pub(crate) fn save_checkpoint(
     folder: &RunFolder,
     config: &RunConfig,
@@ -143,15 +145,17 @@ pub(crate) fn save_checkpoint(
     number: Round,
     schema: &base::ParameterSchema,
     reporter: &mut Reporter,
-) {
+) -> bool {
     match state.save(&folder.checkpoints(), number, schema, config.checkpoint.keep) {
         Ok(saved) => {
             let path = saved.path.display().to_string();
             reporter.emit(Event::CheckpointSaved { round: number, path, bytes: saved.bytes, seconds: saved.seconds });
+            true
         }
         Err(error) => {
             let message = format!("no checkpoint was saved, training goes on and the one before stays: {error}");
             reporter.warn(message, error.hint());
+            false
         }
     }
 }

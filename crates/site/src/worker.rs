@@ -220,8 +220,10 @@ impl Worker {
         let state = TrainingState { global, inner, saved: self.saved.clone() };
         let schema = self.trainer.schema().clone();
         let mut reporter = self.reporter.lock().unwrap_or_else(PoisonError::into_inner);
-        save_checkpoint(&self.folder, &self.config, &state, round, &schema, &mut reporter);
-        self.saved_round = Some(round);
+        // What could not be saved now is tried again at the end.
+        if save_checkpoint(&self.folder, &self.config, &state, round, &schema, &mut reporter) {
+            self.saved_round = Some(round);
+        }
         Ok(())
     }
 }

@@ -1,11 +1,13 @@
 //! `beringia serve`: the coordinator of a run.
 
 use crate::failure::Failure;
+use crate::models::refresh_initial_state;
 use crate::output::Output;
 use crate::signals::{runtime, stop_requested};
 use crate::watch::Watch;
 use base::layout::{COORDINATOR_LOG, EVENTS_FILE};
 use coordinator::{FileStore, RunFiles, ServeOptions};
+use site::RunFolder;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use telemetry::log::system_unix_ms;
@@ -36,6 +38,8 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
+    let folder = RunFolder::new(&args.run);
+    refresh_initial_state(&folder, &folder.config()?.0, output)?;
     let mut files = RunFiles::open(&args.run)?;
     if let Some(sites) = args.sites {
         files.config.sync.sites = sites;

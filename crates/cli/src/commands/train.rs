@@ -2,6 +2,7 @@
 
 use crate::engines::EngineArgs;
 use crate::failure::Failure;
+use crate::models::refresh_initial_state;
 use crate::output::Output;
 use crate::signals::{runtime, stop_flag};
 use crate::watch::Watch;
@@ -27,6 +28,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let folder = RunFolder::new(&args.run);
     let (config, _) = folder.config()?;
+    refresh_initial_state(&folder, &config, output)?;
     let runtime = runtime()?;
     let stop = stop_flag(&runtime);
     let log = EventLog::open(&folder.events(), "train", Box::new(system_unix_ms))?;
@@ -59,6 +61,9 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
             Failure::new(error.to_string(), hint)
         })?;
     runtime.shutdown_background();
+    if !outcome.saved {
+        return Err(not_saved(&args, outcome.step));
+    }
     let verdict = if outcome.finished { "finished" } else { "stopped; the same command goes on from here" };
     output.object(&serde_json::json!({
         "run": config.run.name,
@@ -76,6 +81,13 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     }
     output.line(format_args!("step {} of {}, {verdict}", outcome.step, config.train.steps));
     Ok(())
+}
+
+/// Training went on without room for checkpoints; at its end the work since the last one is gone, which is no success.
+fn not_saved(args: &Args, step: u64) -> Failure {
+    let run = args.run.display();
+    let message = format!("{run}: step {step} could not be saved; the run stands at its last checkpoint");
+    Failure::new(message, format!("make room (`df -h {run}`), then `beringia train {run}` goes on from there"))
 }
 
 /// A run that several sites have trained is not continued alone: its rounds are the coordinator's.
