@@ -7,6 +7,9 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod arrows;
+mod bench_diloco;
+mod bench_engine;
+mod chart;
 mod finding;
 mod purity;
 mod tidy;
@@ -30,18 +33,37 @@ enum Task {
     Verify(verify::VerifyOptions),
     /// Mend what can be mended without thinking: formatting, and clippy's certain suggestions
     Fix,
+    /// Measure, and print what was compared with what
+    #[command(subcommand)]
+    Bench(Bench),
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Speed of the native engine against PyTorch on the CPU: [--python PATH] [--threads N] [--rounds N] [--steps N] [--json]
+    Engine {
+        /// Its own arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Validation loss of sites that merge every H steps against one site on the same samples
+    Diloco(bench_diloco::Options),
 }
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
-        Task::Verify(options) => verify::run(options),
-        Task::Fix => verify::fix(),
+        Task::Verify(options) => verify::run(options).map_err(|error| (error.to_string(), error.hint())),
+        Task::Fix => verify::fix().map_err(|error| (error.to_string(), error.hint())),
+        Task::Bench(Bench::Engine { arguments }) => {
+            bench_engine::run(&arguments).map_err(|error| (error.to_string(), None))
+        }
+        Task::Bench(Bench::Diloco(options)) => bench_diloco::run(&options).map_err(|error| (error.to_string(), None)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            if let Some(hint) = error.hint() {
+        Err((message, hint)) => {
+            eprintln!("error: {message}");
+            if let Some(hint) = hint {
                 eprintln!("hint: {hint}");
             }
             ExitCode::FAILURE
