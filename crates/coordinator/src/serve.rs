@@ -19,10 +19,11 @@ use telemetry::{Event, LeaseShare, Reporter, RunView};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use wire::invite::RandomError;
+use wire::limits::REFUSALS_REPORTED_PER_MINUTE_MAX;
 use wire::message::{FromCoordinator, FromSite, Greeting, Role, SiteHello, Welcome};
 use wire::{
     Connection, Identity, Incoming, Invite, InviteError, ListenError, Listener, ListenerEvent, Purpose, Receiver,
-    Secret, Sender, Traffic,
+    RecvError, Secret, Sender, Traffic,
 };
 
 /// A site pulses every 2 s; after this long without a word it is gone.
@@ -36,6 +37,9 @@ const GREETING_SECONDS_MAX: u64 = 10;
 
 /// Authenticated connections that have not greeted yet, and observers being answered.
 const GREETINGS_MAX: usize = 256;
+
+/// The span over which refusals are counted: see [`REFUSALS_REPORTED_PER_MINUTE_MAX`].
+const REFUSALS_SPAN: Duration = Duration::from_secs(60);
 
 /// Messages waiting for one site: two for each other site of a round of 500, and some.
 const OUTBOX_MAX: usize = 1_024;
@@ -146,6 +150,7 @@ pub async fn serve(
 /// What the tasks of connections tell the loop.
 enum Told {
     Greeted(Greeting, Connection),
+    NotGreeted(SocketAddr, RecvError),
     Said(SiteId, u64, FromSite),
     Lost(SiteId, u64),
 }
@@ -175,7 +180,15 @@ struct Shell {
     told: mpsc::Sender<Told>,
     inbox: mpsc::Receiver<Told>,
     tasks: JoinSet<()>,
+    greetings: JoinSet<()>,
+    refusals: Refusals,
     done: bool,
+}
+
+/// How many refusals were logged since when: strangers must not be able to fill the disk.
+struct Refusals {
+    since: Instant,
+    told: u32,
 }
 
 impl Shell {
@@ -223,6 +236,8 @@ impl Shell {
             told,
             inbox,
             tasks: JoinSet::new(),
+            greetings: JoinSet::new(),
+            refusals: Refusals { since: Instant::now(), told: 0 },
             done: false,
         };
         shell.announce();
@@ -270,6 +285,7 @@ impl Shell {
                 Some(event) = listener.next() => self.visited(event),
                 Some(told) = self.inbox.recv() => self.listen_to(told)?,
                 Some(_) = self.tasks.join_next() => {}
+                Some(_) = self.greetings.join_next() => {}
                 _ = tick.tick() => {
                     self.tick()?;
                 }
@@ -299,37 +315,46 @@ impl Shell {
     fn visited(&mut self, event: ListenerEvent) {
         match event {
             ListenerEvent::Incoming(Incoming { purpose: Purpose::Blob, connection }) => {
+                // Only sites fetch, and each was admitted before it knew of a file.
+                if !self.admitted.contains_key(&connection.peer()) {
+                    return self.tell_refusal(connection.address().to_string(), "it was not admitted to this run");
+                }
                 let served = Arc::clone(&self.served);
                 self.tasks.spawn(async move {
                     // The visitor asks again if its connection ends too early.
                     let _ended = wire::serve_blobs(connection, served).await;
                 });
             }
-            ListenerEvent::Incoming(Incoming { connection, .. }) if self.tasks.len() < GREETINGS_MAX => {
-                let told = self.told.clone();
-                self.tasks.spawn(async move {
-                    let mut connection = connection;
-                    let greeting = connection.recv_timeout(Duration::from_secs(GREETING_SECONDS_MAX)).await;
-                    if let Ok(greeting) = greeting {
-                        // The loop is gone only when the process ends.
-                        let _ended = told.send(Told::Greeted(greeting, connection)).await;
-                    }
-                });
+            ListenerEvent::Incoming(Incoming { connection, .. }) if self.greetings.len() < GREETINGS_MAX => {
+                self.greetings.spawn(hear_greeting(connection, self.told.clone()));
             }
             ListenerEvent::Incoming(Incoming { connection, .. }) => {
                 let reason = format!("{GREETINGS_MAX} connections are already waiting");
-                self.emit(Event::PeerRefused { address: connection.address().to_string(), reason });
+                self.tell_refusal(connection.address().to_string(), reason);
             }
             ListenerEvent::Refused(refusal) => {
-                let (address, reason) = (refusal.address.to_string(), refusal.reason.to_string());
-                self.emit(Event::PeerRefused { address, reason });
+                self.tell_refusal(refusal.address.to_string(), refusal.reason.to_string());
             }
+        }
+    }
+
+    fn tell_refusal(&mut self, address: String, reason: impl Into<String>) {
+        if self.refusals.since.elapsed() >= REFUSALS_SPAN {
+            self.refusals = Refusals { since: Instant::now(), told: 0 };
+        }
+        self.refusals.told = self.refusals.told.saturating_add(1);
+        if self.refusals.told <= REFUSALS_REPORTED_PER_MINUTE_MAX {
+            self.emit(Event::PeerRefused { address, reason: reason.into() });
         }
     }
 
     fn listen_to(&mut self, told: Told) -> Result<(), ServeError> {
         match told {
             Told::Greeted(greeting, connection) => self.greeted(greeting, connection),
+            Told::NotGreeted(address, problem) => {
+                self.tell_refusal(address.to_string(), format!("no greeting: {problem}"));
+                Ok(())
+            }
             Told::Said(site, number, message) if self.is_current(site, number) => self.said(site, message),
             Told::Lost(site, number) if self.is_current(site, number) => {
                 self.links.remove(&site);
@@ -344,7 +369,7 @@ impl Shell {
     }
 
     fn refuse(&mut self, mut connection: Connection, reason: &str, hint: &str) {
-        self.emit(Event::PeerRefused { address: connection.address().to_string(), reason: reason.to_owned() });
+        self.tell_refusal(connection.address().to_string(), reason);
         let answer = FromCoordinator::Refused { reason: reason.to_owned(), hint: hint.to_owned() };
         self.tasks.spawn(async move {
             let _gone = connection.send_timeout(&answer, SITE_SILENCE_MAX).await;
@@ -606,6 +631,15 @@ impl Shell {
         });
         summary
     }
+}
+
+async fn hear_greeting(mut connection: Connection, told: mpsc::Sender<Told>) {
+    let heard = match connection.recv_timeout(Duration::from_secs(GREETING_SECONDS_MAX)).await {
+        Ok(greeting) => Told::Greeted(greeting, connection),
+        Err(problem) => Told::NotGreeted(connection.address(), problem),
+    };
+    // The loop is gone only when the process ends.
+    let _ended = told.send(heard).await;
 }
 
 async fn write(mut sender: Sender, mut waiting: mpsc::Receiver<FromCoordinator>) {

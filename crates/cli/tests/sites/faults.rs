@@ -104,6 +104,29 @@ fn newest_checkpoint(place: &Place, site: &str) -> u64 {
     checkpoint::list(&place.join(site).join("checkpoints")).unwrap().iter().map(|entry| entry.round.0).max().unwrap()
 }
 
+#[test]
+fn who_was_not_admitted_is_served_nothing() {
+    let place = Place::new();
+    place.init("run", &[]);
+    let coordinator = Coordinator::start(&place, "run", &[]);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (invite, traffic) = (coordinator.invite.parse::<wire::Invite>().unwrap(), wire::Traffic::new());
+    let identity = wire::Identity::generate().unwrap();
+    for (purpose, why) in [
+        (wire::Purpose::Blob, "it was not admitted to this run"),
+        (wire::Purpose::Control, "no greeting: the peer sent nothing for 10s"),
+    ] {
+        // Held open: it is the coordinator that ends it.
+        let _connection = runtime
+            .block_on(wire::connect(&identity, &traffic, invite.address(), invite.fingerprint(), purpose))
+            .unwrap();
+        place.wait_for_event("run", why, |event| match event {
+            Event::PeerRefused { reason, .. } if reason == why => Some(()),
+            _ => None,
+        });
+    }
+}
+
 /// What a stranger may say: nothing, noise, a request of another protocol, a TLS record that announces more than
 /// TLS allows, and one that announces much and stops.
 const STRANGERS: [&[u8]; 5] = [
