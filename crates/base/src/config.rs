@@ -156,9 +156,10 @@ pub struct SyncSection {
     pub strategy: Strategy,
     /// H: inner steps in a round. `synchronous` always takes 1.
     pub inner_steps: u64,
-    /// Step size of the outer Nesterov momentum.
+    /// Step size of the outer Nesterov momentum. Published for long runs: 0.7 (arXiv 2311.08105).
     pub outer_learning_rate: f64,
-    /// Decay of the outer Nesterov momentum.
+    /// Decay of the outer Nesterov momentum. Published for long runs: 0.9. Below some hundred rounds it costs more than it
+    /// gives (docs/benchmarks.md), so the default is plain averaging: step size 1, decay 0.
     pub outer_momentum: f64,
     /// Sites to wait for before the first round.
     pub sites: u32,
@@ -173,8 +174,8 @@ impl Default for SyncSection {
         Self {
             strategy: Strategy::DiLoCo,
             inner_steps: 20,
-            outer_learning_rate: 0.7,
-            outer_momentum: 0.9,
+            outer_learning_rate: 1.0,
+            outer_momentum: 0.0,
             sites: 1,
             shares: Vec::new(),
             deadline_seconds: 60.0,

@@ -51,7 +51,7 @@ impl OuterOptimizer {
 
     fn buffer_names_of(rule: &OuterRule) -> &'static [&'static str] {
         match rule {
-            OuterRule::Nesterov { .. } => &["outer_momentum"],
+            OuterRule::Nesterov { .. } => &["momentum"],
             OuterRule::Gradient(train) => match train.optimizer {
                 InnerOptimizer::AdamW => &["first_moment", "second_moment"],
                 InnerOptimizer::Sgd => &[],

@@ -41,6 +41,9 @@ const FETCH_AGAIN: Duration = Duration::from_secs(1);
 /// Streams for one delta or state.
 const BULK_STREAMS: usize = 4;
 
+/// Connections over which others fetch from this site: the streams of 250 sites.
+const VISITORS_MAX: usize = 1_000;
+
 /// Results that may wait for the loop: the engine gives a handful for each job.
 const RESULTS_MAX: usize = 256;
 
@@ -599,13 +602,16 @@ impl Agent {
 
     fn visited(&mut self, event: ListenerEvent) {
         match event {
-            ListenerEvent::Incoming(Incoming { purpose: Purpose::Blob, connection }) => {
+            ListenerEvent::Incoming(Incoming { purpose: Purpose::Blob, connection })
+                if self.visitors.len() < VISITORS_MAX && self.shelf.knows(connection.peer()) =>
+            {
                 let shelf = Arc::clone(&self.shelf);
                 self.visitors.spawn(async move {
                     // How a visitor's connection ends is the visitor's affair: it asks again elsewhere.
                     let _ended = wire::serve_blobs(connection, shelf).await;
                 });
             }
+            // A stranger, or one connection too many: closed by being dropped.
             ListenerEvent::Incoming(_) => {}
             ListenerEvent::Refused(refusal) => {
                 let (address, reason) = (refusal.address.to_string(), refusal.reason.to_string());

@@ -54,6 +54,11 @@ impl Shelf {
         self.inner().peers = peers.into_iter().map(|peer| (peer.site, peer)).collect();
     }
 
+    /// Whether that certificate is a member's.
+    pub(crate) fn knows(&self, fingerprint: ContentHash) -> bool {
+        self.inner().peers.values().any(|member| member.fingerprint == fingerprint)
+    }
+
     /// Whether this site has the lowest id of all: it does what one site must do for everybody.
     pub(crate) fn is_first(&self) -> bool {
         self.inner().peers.keys().next().is_none_or(|first| *first == self.site)
@@ -96,7 +101,7 @@ impl Shelf {
 
 impl BlobSource for Shelf {
     fn open(&self, peer: ContentHash, key: &BlobKey) -> Option<Blob> {
-        if !self.inner().peers.values().any(|member| member.fingerprint == peer) {
+        if !self.knows(peer) {
             return None;
         }
         match key {

@@ -442,6 +442,8 @@ fn three_sites_that_stop_and_resume_hold_the_same_bits() {
     let run = Run::new(|config| {
         config.train.steps = 20;
         config.sync.inner_steps = 2;
+        config.sync.outer_learning_rate = 0.7;
+        config.sync.outer_momentum = 0.9;
     });
     let mut straight = rounds_of(&run, 10, as_committed);
     let mut first_half = rounds_of(&run, 5, as_committed);

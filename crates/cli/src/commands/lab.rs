@@ -24,11 +24,8 @@ use telemetry::{Event, Follower, Record};
 /// Rust sources used where no `--data` is given: 6 MB take about 3 s to tokenise and are more than the lab trains on.
 const CARGO_SOURCES_BYTES: u64 = 6 << 20;
 
-/// Inner steps in a round of the lab.
-const INNER_STEPS: u64 = 20;
-
-/// Time for measuring each site alone, before and after the run.
-const MEASURE_SECONDS: f64 = 4.0;
+/// Inner steps in a round of the lab: some seconds of work, so that a watcher sees rounds close.
+const INNER_STEPS: u64 = 10;
 
 /// Most sites: each is a process with a model of its own.
 const SITES_MAX: u32 = 16;
@@ -60,6 +57,9 @@ pub(crate) struct Args {
     /// Where to keep everything; a new folder in `lab/` unless given.
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
+    /// Time for measuring each site alone, before and after the run.
+    #[arg(long, value_name = "SECONDS", default_value_t = 4.0, hide = true)]
+    measure_seconds: f64,
 }
 
 /// One site of the report.
@@ -121,6 +121,7 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
 
 struct Lab {
     folder: PathBuf,
+    measure_seconds: f64,
     binary: PathBuf,
     sites: Vec<SiteSpec>,
 }
@@ -225,7 +226,7 @@ impl Lab {
             threads: (cores / 2).max(1),
             slowdown: f64::from(1u32 << index.min(10)),
         });
-        Ok(Self { folder, binary, sites: sites.collect() })
+        Ok(Self { folder, measure_seconds: args.measure_seconds, binary, sites: sites.collect() })
     }
 
     fn run_folder(&self) -> PathBuf {
@@ -276,7 +277,7 @@ impl Lab {
             let samples = (config.train.batch_samples as f64 * weight / total).round().max(1.0);
             let mut command = self.command(&["--json", "measure"]);
             command.arg(self.run_folder()).args(["--threads", &site.threads.to_string()]);
-            command.args(["--samples", &samples.to_string(), "--seconds", &MEASURE_SECONDS.to_string()]);
+            command.args(["--samples", &samples.to_string(), "--seconds", &self.measure_seconds.to_string()]);
             command.args(["--slowdown", &site.slowdown.to_string()]);
             let (name, log) = (format!("measure-{}", site.name), self.log(&format!("measure-{}", site.name)));
             let object = Process::start(&name, &mut command, &log)?.object(&log)?;
@@ -321,6 +322,7 @@ impl Lab {
             let mut join = self.command(&["--json", "join", &invite, "--name", &site.name]);
             join.arg("--folder").arg(self.site_folder(site)).args(["--listen", "127.0.0.1:0"]);
             join.args(["--threads", &site.threads.to_string(), "--slowdown", &site.slowdown.to_string()]);
+            join.args(["--measure-seconds", &(self.measure_seconds / 2.0).to_string()]);
             sites.push(Process::start(&site.name, &mut join, &self.log(&site.name))?);
             // One after the other: each measures its speed on a quiet machine.
             let wanted = sites.len();

@@ -96,7 +96,8 @@ fn status_tells_of_a_run_from_its_folder_and_over_the_network() {
 #[test]
 fn the_lab_reports_what_it_promises() {
     let place = Place::new();
-    let report = place.object(&["lab", "--rounds", "2", "--data", "texts", "--folder", "lab"]);
+    let report =
+        place.object(&["lab", "--rounds", "2", "--measure-seconds", "0.2", "--data", "texts", "--folder", "lab"]);
     let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
     let has = |value: &Value, wanted: &[&str]| {
         let keys = keys(value);

@@ -48,7 +48,7 @@ fn ten_rounds_of_three_sites_equal_five_and_five() {
     let (parts_summary, parts) = run_in_parts(&place, "new", "parts", &[5, 10]);
     assert!(whole_summary["finished"] == true && parts_summary["finished"] == true);
     assert_eq!(whole.len(), 3);
-    for file in ["model", "outer_outer_momentum", "inner_first_moment", "inner_second_moment"] {
+    for file in ["model", "outer_momentum", "inner_first_moment", "inner_second_moment"] {
         assert!(whole[&0].contains_key(&format!("{file}.safetensors")), "{file}: {:?}", whole[&0].keys());
     }
     assert_eq!(whole, parts);
