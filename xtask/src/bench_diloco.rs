@@ -125,7 +125,7 @@ fn build_binary() -> Result<PathBuf, Failure> {
     }
     let text = String::from_utf8(output.stdout)?;
     let messages = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let executable = messages.filter_map(|message| Some(message["executable"].as_str()?.to_owned())).last();
+    let executable = messages.filter_map(|message| Some(message["executable"].as_str()?.to_owned())).next_back();
     Ok(executable.ok_or("cargo named no executable for beringia")?.into())
 }
 

@@ -149,7 +149,7 @@ pub async fn serve(
 
 /// What the tasks of connections tell the loop.
 enum Told {
-    Greeted(Greeting, Connection),
+    Greeted(Box<(Greeting, Connection)>),
     NotGreeted(SocketAddr, RecvError),
     Said(SiteId, u64, FromSite),
     Lost(SiteId, u64),
@@ -350,7 +350,7 @@ impl Shell {
 
     fn listen_to(&mut self, told: Told) -> Result<(), ServeError> {
         match told {
-            Told::Greeted(greeting, connection) => self.greeted(greeting, connection),
+            Told::Greeted(greeted) => self.greeted(greeted.0, greeted.1),
             Told::NotGreeted(address, problem) => {
                 self.tell_refusal(address.to_string(), format!("no greeting: {problem}"));
                 Ok(())
@@ -635,7 +635,7 @@ impl Shell {
 
 async fn hear_greeting(mut connection: Connection, told: mpsc::Sender<Told>) {
     let heard = match connection.recv_timeout(Duration::from_secs(GREETING_SECONDS_MAX)).await {
-        Ok(greeting) => Told::Greeted(greeting, connection),
+        Ok(greeting) => Told::Greeted(Box::new((greeting, connection))),
         Err(problem) => Told::NotGreeted(connection.address(), problem),
     };
     // The loop is gone only when the process ends.

@@ -98,8 +98,8 @@ impl Run {
         let mut reporter = Reporter::new(log, Box::new(watcher));
         let (mut trainer, stop) = (self.trainer(&state), AtomicBool::new(false));
         train_alone(checkpoints, &self.config, &mut trainer, state, Some(steps_max), &stop, &mut reporter).unwrap();
-        let losses = losses.lock().unwrap().clone();
-        losses
+        // Taken out, so that the guard ends before the mutex does.
+        std::mem::take(&mut *losses.lock().unwrap())
     }
 
     fn newest(&self, checkpoints: &RunFolder) -> TrainingState {

@@ -1,6 +1,12 @@
 //! Runs of several processes over loopback: they stay identical, survive what happens to them, and refuse what they
 //! must. The model is tiny; what it learns is measured elsewhere.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test's helper may panic, and shows the logs of what failed"
+)]
+
 mod faults;
 mod identical;
 mod refusals;
