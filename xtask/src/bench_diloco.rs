@@ -17,6 +17,9 @@ type Failure = Box<dyn std::error::Error>;
 /// Largest quotient of the final losses, sites over one site, with which the bench succeeds.
 const RATIO_MAX: f64 = 1.02;
 
+/// Warm-up, as a part of all steps; what `beringia init` chooses too.
+const WARMUP_DIVISOR: u64 = 20;
+
 /// How often the processes are looked at.
 const POLL: Duration = Duration::from_millis(200);
 
@@ -40,8 +43,14 @@ pub(crate) struct Options {
     #[arg(long, value_name = "SEED", value_delimiter = ',', default_value = "1")]
     seeds: Vec<u64>,
     /// Inner steps of each training
-    #[arg(long, value_name = "N", default_value_t = 860)]
+    #[arg(long, value_name = "N", default_value_t = 200)]
     steps: u64,
+    /// Samples in an inner step, over all sites
+    #[arg(long, value_name = "SAMPLES", default_value_t = 72)]
+    batch_samples: usize,
+    /// Peak of the inner learning rate
+    #[arg(long, value_name = "RATE", default_value_t = 0.004)]
+    learning_rate: f64,
     /// Inner steps between two merges (H)
     #[arg(long, value_name = "H", default_value_t = 20)]
     inner_steps: u64,
@@ -60,6 +69,9 @@ pub(crate) struct Options {
     /// Where the picture goes
     #[arg(long, value_name = "FILE", default_value = "docs/diloco.svg")]
     picture: PathBuf,
+    /// Program to measure; built from these sources unless given
+    #[arg(long, value_name = "PATH")]
+    binary: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -102,7 +114,7 @@ impl Comparison {
 /// # Errors
 /// No texts, a process that failed, or a loss more than [`RATIO_MAX`] times that of one site.
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
-    let binary = build_binary()?;
+    let binary = options.binary.clone().map_or_else(build_binary, Ok)?;
     if options.folder.exists() {
         fs::remove_dir_all(&options.folder)?;
     }
@@ -244,15 +256,18 @@ impl Bench<'_> {
 
     /// Makes a run and gives what `init --json` says of it.
     fn init(&self, run: &Path, seed: u64) -> Result<Value, Failure> {
-        let Options { steps, inner_steps, shares, settings, .. } = self.options;
+        let Options { steps, batch_samples, learning_rate, inner_steps, shares, settings, .. } = self.options;
         let shares: Vec<String> = shares.iter().map(|share| format!("{share:?}")).collect();
         let fixed = [
             format!("run.seed={seed}"),
             format!("train.steps={steps}"),
-            format!("train.warmup_steps={}", steps / 20),
+            format!("train.warmup_steps={}", steps / WARMUP_DIVISOR),
+            format!("train.batch_samples={batch_samples}"),
+            format!("train.learning_rate={learning_rate:?}"),
             format!("sync.inner_steps={inner_steps}"),
             format!("sync.sites={}", shares.len()),
             format!("sync.shares=[{}]", shares.join(", ")),
+            "evaluate.every_rounds=1".to_owned(),
             "evaluate.sample_tokens=0".to_owned(),
         ];
         let mut command = Command::new(&self.binary);
@@ -348,7 +363,8 @@ fn report(options: &Options, compared: &[Comparison]) -> Result<(), Failure> {
             "{}",
             serde_json::json!({
                 "ratio": ratio, "ratio_max": RATIO_MAX, "inner_steps": options.inner_steps,
-                "shares": options.shares, "steps": options.steps, "seeds": seeds.collect::<Vec<_>>(),
+                "shares": options.shares, "steps": options.steps, "batch_samples": options.batch_samples,
+                "learning_rate": options.learning_rate, "seeds": seeds.collect::<Vec<_>>(),
             })
         );
     } else {
