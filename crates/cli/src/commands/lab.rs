@@ -24,8 +24,8 @@ use telemetry::{Event, Follower, Record};
 /// Rust sources used where no `--data` is given: 6 MB take about 3 s to tokenise and are more than the lab trains on.
 const CARGO_SOURCES_BYTES: u64 = 6 << 20;
 
-/// Inner steps in a round of the lab: some seconds of work, so that a watcher sees rounds close.
-const INNER_STEPS: u64 = 10;
+/// Inner steps in a round of the lab, as in the benchmarks: some seconds of work. With 10 the loss was worse, not better (docs/log.md).
+const INNER_STEPS: u64 = 20;
 
 /// Most sites: each is a process with a model of its own.
 const SITES_MAX: u32 = 16;
