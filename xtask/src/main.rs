@@ -47,7 +47,7 @@ enum Bench {
         arguments: Vec<String>,
     },
     /// Validation loss of sites that merge every H steps against one site on the same samples
-    Diloco(bench_diloco::Options),
+    Diloco(Box<bench_diloco::Options>),
 }
 
 fn main() -> ExitCode {
