@@ -60,16 +60,10 @@ impl Watch {
     /// Shows one record.
     pub(crate) fn see(&mut self, record: &Record) {
         self.view.apply(record);
+        if let Some(text) = warning_text(&record.event) {
+            return self.progress.say(&text);
+        }
         match &record.event {
-            Event::Warning { message, hint } => {
-                self.progress.say(&format!("warning: {message}"));
-                if let Some(hint) = hint {
-                    self.progress.say(&format!("hint: {hint}"));
-                }
-            }
-            Event::CheckpointSkipped { path, reason } => {
-                self.progress.say(&format!("warning: {path} is not used: {reason}; the one before it is"));
-            }
             Event::Diverged { site, round, .. } => {
                 self.progress
                     .say(&format!("warning: site {site} holds another state after round {round} and is dropped"));
@@ -113,5 +107,17 @@ impl Watch {
         self.position.round = step / self.steps_per_round;
         self.position.tokens_per_second = self.view.tokens_per_second().unwrap_or(0.0);
         self.progress.update(&self.position, self.eta.seconds_left(step), self.began.elapsed().as_secs_f64());
+    }
+}
+
+/// What is shown even where progress is not: a warning with its hint, a checkpoint that was passed over.
+pub(crate) fn warning_text(event: &Event) -> Option<String> {
+    match event {
+        Event::Warning { message, hint: Some(hint) } => Some(format!("warning: {message}\nhint: {hint}")),
+        Event::Warning { message, hint: None } => Some(format!("warning: {message}")),
+        Event::CheckpointSkipped { path, reason } => {
+            Some(format!("warning: {path} is not used: {reason}; the one before it is"))
+        }
+        _ => None,
     }
 }

@@ -89,7 +89,7 @@ pub enum MemberCommand {
         /// What every site holds.
         state_hash: ContentHash,
     },
-    /// Save what is held and end the process; `Err` where the run went on without us.
+    /// Save what is held and end the process, for this reason.
     Quit(LeaveReason),
 }
 

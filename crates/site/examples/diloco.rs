@@ -70,7 +70,9 @@ fn run_round(
     let never = AtomicBool::new(false);
     let (mut contributors, mut deltas) = (Vec::new(), Vec::new());
     for (trainer, assignment) in trainers.iter_mut().zip(&plan.assignments) {
-        let trained = trainer.train(plan, assignment, global, &never, &mut |_| {})?.ok_or("nobody abandons a round")?;
+        let trained = trainer
+            .train(plan, assignment, &global.parameters, &never, &mut |_| {})?
+            .ok_or("nobody abandons a round")?;
         ledger.commit(plan.round, assignment.site);
         let (delta_hash, delta_bytes) = (base::ContentHash::default(), 0);
         contributors.push(Contributor { site: assignment.site, tokens: trained.tokens, delta_hash, delta_bytes });

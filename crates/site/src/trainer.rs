@@ -196,19 +196,19 @@ impl Trainer {
         Ok(tokens_per_second)
     }
 
-    /// Runs an assignment from the global state. Gives `None` if `abandon` was set meanwhile.
+    /// Runs an assignment from the global parameters. Gives `None` if `abandon` was set meanwhile.
     ///
     /// # Errors
-    /// The engine failed; the global state is untouched.
+    /// The engine failed.
     pub fn train(
         &mut self,
         plan: &RoundPlan,
         assignment: &Assignment,
-        global: &GlobalState,
+        global: &[f32],
         abandon: &AtomicBool,
         on_step: &mut dyn FnMut(&StepDone),
     ) -> Result<Option<Trained>, TrainError> {
-        self.engine.write_fragment(&self.schema.whole(), &global.parameters)?;
+        self.engine.write_fragment(&self.schema.whole(), global)?;
         let mut delta = vec![0.0; self.schema.elements()];
         let mut positions = assignment.lease.iter().flat_map(|SampleRange { start, end }| *start..*end);
         let (mut sum, mut compute_seconds) = (LossSum::default(), 0.0);
@@ -228,7 +228,7 @@ impl Trainer {
         }
         if self.config.sync.strategy == Strategy::DiLoCo {
             self.engine.read_fragment(&self.schema.whole(), &mut delta)?;
-            for (local, global) in delta.iter_mut().zip(&global.parameters) {
+            for (local, global) in delta.iter_mut().zip(global) {
                 *local = global - *local;
             }
         }

@@ -106,7 +106,7 @@ impl Worker {
         answer: Answer<'_>,
     ) -> Result<(), TrainError> {
         // A copy, so that a newcomer can fetch the state while this site trains.
-        let global = self.state.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let global = self.state.lock().unwrap_or_else(PoisonError::into_inner).parameters.clone();
         let (site, reporter) = (self.site, Arc::clone(&self.reporter));
         let mut on_step = |done: &_| {
             reporter.lock().unwrap_or_else(PoisonError::into_inner).emit(step_event(site, plan.round, done));

@@ -257,7 +257,8 @@ impl<'a> World<'a> {
         let mut contributed = Vec::new();
         for (site, assignment) in self.sites.iter_mut().zip(&plan.assignments) {
             let Site { trainer, state } = site;
-            let trained = trainer.train(plan, assignment, &state.global, &abandon, &mut |_| {}).unwrap().unwrap();
+            let trained =
+                trainer.train(plan, assignment, &state.global.parameters, &abandon, &mut |_| {}).unwrap().unwrap();
             let bytes: Vec<u8> = trained.delta.iter().flat_map(|value| value.to_le_bytes()).collect();
             let contribution = Contribution {
                 tokens: trained.tokens,

@@ -70,9 +70,9 @@ pub struct LedgerCounts {
     pub leased: u64,
     /// In a committed round.
     pub committed: u64,
-    /// Given back untrained, to be leased again.
+    /// Given back uncommitted, to be leased again.
     pub returned: u64,
-    /// Trained by a site whose delta never arrived.
+    /// Set aside after three leases without a commit.
     pub lost: u64,
 }
 
@@ -289,9 +289,9 @@ events! {
         leased: u64,
         /// Samples in a committed round.
         committed: u64,
-        /// Samples given back untrained.
+        /// Samples given back uncommitted.
         returned: u64,
-        /// Samples trained by a site whose delta never arrived.
+        /// Samples set aside after three leases without a commit.
         lost: u64,
     }
     /// The batch is cut differently from the next round on.

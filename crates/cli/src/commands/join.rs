@@ -4,6 +4,7 @@ use crate::engines::EngineArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::signals::{runtime, stop_requested};
+use crate::watch::warning_text;
 use base::layout::EVENTS_FILE;
 use site::{JoinOptions, RunFolder};
 use std::net::SocketAddr;
@@ -90,14 +91,10 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
 /// A site's events as plain lines: one a round, not one a step.
 fn lines(quiet: bool) -> Watcher {
     Box::new(move |record: &Record| {
+        if let Some(text) = warning_text(&record.event) {
+            return crate::output::to_stderr(&format!("{text}\n"));
+        }
         let line = match &record.event {
-            Event::Warning { message, hint } => match hint {
-                Some(hint) => format!("warning: {message}\nhint: {hint}"),
-                None => format!("warning: {message}"),
-            },
-            Event::CheckpointSkipped { path, reason } => {
-                format!("warning: {path} is not used: {reason}; the one before it is")
-            }
             _ if quiet => return,
             Event::SiteReady { tokens_per_second, .. } => format!("ready: {tokens_per_second:.0} tokens/s alone"),
             Event::RoundApplied { round, state_hash, .. } => format!("round {round}: state {}", state_hash.short()),
