@@ -10,7 +10,8 @@ use crate::weights;
 use base::config::TrainSection;
 use base::{Fragment, ModelShape, NamedTensors, ParameterSchema, TokenBatch};
 use burn::tensor::{Device, Tensor};
-use engine::{DeviceInfo, Engine, EngineError, EngineState, LossSum, StepReport};
+use engine::numerics::Operation;
+use engine::{DeviceInfo, Engine, EngineError, EngineState, LossSum, Precision, StepReport};
 use std::time::Instant;
 
 /// The native engine.
@@ -141,7 +142,15 @@ impl BurnEngine {
 
 impl Engine for BurnEngine {
     fn device(&self) -> DeviceInfo {
-        DeviceInfo { engine: self.device_name.clone(), name: processor_name(), threads: rayon::current_num_threads() }
+        DeviceInfo {
+            engine: self.device_name.clone(),
+            name: processor_name(),
+            maker: String::new(),
+            driver: String::new(),
+            memory_bytes: None,
+            threads: rayon::current_num_threads(),
+            precision: Precision::F32,
+        }
     }
 
     fn schema(&self) -> &ParameterSchema {
@@ -225,6 +234,19 @@ impl Engine for BurnEngine {
         let kernels = self.optimizer.kernels;
         self.optimizer = Optimizer { kernels, first_moments, second_moments, steps: state.optimizer_steps };
         Ok(())
+    }
+
+    fn micro_batch_samples(&self) -> usize {
+        self.train.micro_batch_samples
+    }
+
+    fn set_micro_batch_samples(&mut self, samples: usize) {
+        self.train.micro_batch_samples = samples.max(1);
+    }
+
+    fn operation(&mut self, operation: &Operation) -> Result<Vec<f32>, EngineError> {
+        let reason = format!("operation {} is not built", operation.name);
+        Err(EngineError::Device { device: self.device_name.clone(), reason })
     }
 }
 

@@ -5,8 +5,11 @@
 //! [`ParameterSchema`], whatever it computes in.
 
 pub mod conformance;
+mod device;
 mod initial;
+pub mod numerics;
 
+pub use device::{DeviceInfo, DeviceRates, DeviceReport, Precision, PrecisionChoice};
 pub use initial::initial_parameters;
 
 use base::{Fragment, Hint, NamedTensors, ParameterSchema, TokenBatch};
@@ -33,17 +36,6 @@ pub struct LossSum {
     pub nats: f64,
     /// Predicted tokens.
     pub tokens: u64,
-}
-
-/// The device an engine computes on.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct DeviceInfo {
-    /// Engine and device string, for example `flex`.
-    pub engine: String,
-    /// What the maker calls it.
-    pub name: String,
-    /// Host threads the engine uses.
-    pub threads: usize,
 }
 
 /// Everything an engine needs to continue with the same bits: parameters by their Hugging Face names under
@@ -88,6 +80,34 @@ pub enum EngineError {
         /// What it said.
         reason: String,
     },
+    /// A batch does not fit the device's memory: nothing has changed, and a smaller micro-batch may fit.
+    #[error("device {device} is out of memory: {reason}")]
+    OutOfMemory {
+        /// The device string.
+        device: String,
+        /// What was asked for, and what it said.
+        reason: String,
+    },
+    /// The engine's process ended or its connection broke; [`Engine::recover`] starts it again.
+    #[error("the engine on {device} is gone: {reason}")]
+    Lost {
+        /// The device string.
+        device: String,
+        /// How it ended.
+        reason: String,
+    },
+    /// Software that the engine needs is not installed.
+    #[error("engine {engine} needs {what}: {reason}")]
+    Missing {
+        /// The engine that needs it.
+        engine: String,
+        /// A program or module, with the version that is wanted.
+        what: String,
+        /// What was found.
+        reason: String,
+        /// The command that installs it.
+        install: String,
+    },
 }
 
 impl Hint for EngineError {
@@ -98,7 +118,14 @@ impl Hint for EngineError {
                 "lower [train] learning_rate, then run the same command again: it resumes from the last checkpoint"
                     .to_owned()
             }
-            Self::Device { .. } => "use `--engine flex`, which runs on any CPU".to_owned(),
+            Self::Device { .. } => {
+                "`beringia devices` lists what this machine has; `--engine flex` runs on any CPU".to_owned()
+            }
+            Self::OutOfMemory { .. } => {
+                "use a smaller model or sequence_length, or a device with more memory".to_owned()
+            }
+            Self::Lost { .. } => "run the same command again: it resumes from the last checkpoint".to_owned(),
+            Self::Missing { install, .. } => format!("install it: `{install}`"),
         })
     }
 }
@@ -159,4 +186,35 @@ pub trait Engine: Send {
     /// # Errors
     /// Names or shapes that are not this model's; then nothing has changed.
     fn restore(&mut self, state: &EngineState) -> Result<(), EngineError>;
+
+    /// Samples that are computed at once; a larger batch is accumulated.
+    fn micro_batch_samples(&self) -> usize;
+
+    /// Changes [`Engine::micro_batch_samples`]: a site does so where memory is short. At least 1.
+    fn set_micro_batch_samples(&mut self, samples: usize);
+
+    /// One of [`numerics::operations`], in f32 on this engine's device.
+    ///
+    /// # Errors
+    /// An operation that this engine does not have, or the device failed.
+    fn operation(&mut self, operation: &numerics::Operation) -> Result<Vec<f32>, EngineError>;
+
+    /// Starts an engine again that answered [`EngineError::Lost`]: parameters and optimiser are those of the last
+    /// [`Engine::write_fragment`] of all parameters or [`Engine::restore`], whichever came later.
+    ///
+    /// # Errors
+    /// It cannot be started again.
+    fn recover(&mut self) -> Result<(), EngineError> {
+        let reason = "it computes in this very process and cannot be started again".to_owned();
+        Err(EngineError::Device { device: self.device().engine, reason })
+    }
+
+    /// Ends a call that hangs, from another thread: the call then fails with [`EngineError::Lost`]. `None` where only the
+    /// end of this process can.
+    fn interrupter(&self) -> Option<Interrupter> {
+        None
+    }
 }
+
+/// See [`Engine::interrupter`].
+pub type Interrupter = Box<dyn Fn() + Send + Sync>;
