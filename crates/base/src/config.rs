@@ -5,7 +5,9 @@
 
 use crate::hash::ContentHash;
 use crate::hint::Hint;
+use crate::schema::ParameterSchema;
 use crate::shape::{ModelShape, ShapeError};
+use crate::transformers::TransformersSection;
 use serde::{Deserialize, Serialize};
 
 /// Longest accepted `run.toml`, bytes: a hundred times what `beringia init` writes.
@@ -17,8 +19,12 @@ pub const RUN_TOML_BYTES_MAX: usize = 256 * 1024;
 pub struct RunConfig {
     /// Name and seed.
     pub run: RunSection,
-    /// Shape of the model.
+    /// Shape of the model. Of a model that `transformers` builds, only `vocab_size` and `max_position_embeddings` decide
+    /// anything.
     pub model: ModelShape,
+    /// A model other than Llama.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transformers: Option<TransformersSection>,
     /// How text becomes batches.
     #[serde(default)]
     pub data: DataSection,
@@ -267,6 +273,7 @@ impl RunConfig {
         Self {
             run: RunSection { name: name.to_owned(), seed: default_seed() },
             model,
+            transformers: None,
             data: DataSection::default(),
             train: TrainSection::default(),
             sync: SyncSection::default(),
@@ -295,9 +302,20 @@ impl RunConfig {
         toml::to_string(self).unwrap_or_else(|error| unreachable!("every field of RunConfig is representable: {error}"))
     }
 
-    /// What two machines must have in common to train the same model: BLAKE3 of `[run]` and `[model]`.
+    /// Names, shapes and canonical order of the model's parameters.
+    pub fn schema(&self) -> ParameterSchema {
+        match &self.transformers {
+            None => ParameterSchema::llama(&self.model),
+            Some(section) => {
+                section.schema().unwrap_or_else(|reason| panic!("[transformers] was not validated: {reason}"))
+            }
+        }
+    }
+
+    /// What two machines must have in common to train the same model: BLAKE3 of `[run]`, `[model]` and `[transformers]`.
     pub fn model_hash(&self) -> ContentHash {
-        let fixed = Self { run: self.run.clone(), ..Self::new("x", self.model.clone()) };
+        let (run, transformers) = (self.run.clone(), self.transformers.clone());
+        let fixed = Self { run, transformers, ..Self::new("x", self.model.clone()) };
         ContentHash::of(fixed.to_toml().as_bytes())
     }
 
@@ -311,7 +329,14 @@ impl RunConfig {
 
     /// Checks ranges that the types cannot.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        self.model.validate()?;
+        match &self.transformers {
+            None => self.model.validate()?,
+            Some(section) => {
+                let refuse = |reason| ConfigError::Value { field: "[transformers] parameters".to_owned(), reason };
+                section.schema().map_err(refuse)?;
+                self.model.validate_text_sizes()?;
+            }
+        }
         let check = |holds: bool, field: &str, reason: String| {
             if holds { Ok(()) } else { Err(ConfigError::Value { field: field.to_owned(), reason }) }
         };
@@ -373,7 +398,9 @@ fn refuse_unknown_keys(table: &toml::Table) -> Result<(), ConfigError> {
         rms_norm_eps: 1e-5,
         tie_word_embeddings: false,
     };
-    let known: toml::Table = toml::from_str(&RunConfig::new("known-keys", shape).to_toml())
+    let transformers = Some(TransformersSection { config: String::new(), parameters: Vec::new() });
+    let complete = RunConfig { transformers, ..RunConfig::new("known-keys", shape) };
+    let known: toml::Table = toml::from_str(&complete.to_toml())
         .unwrap_or_else(|error| unreachable!("our own serialisation parses: {error}"));
     for (section, value) in table {
         let Some(known_section) = known.get(section).and_then(toml::Value::as_table) else {

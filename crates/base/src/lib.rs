@@ -13,6 +13,7 @@ pub mod random;
 pub mod schema;
 pub mod shape;
 pub mod tensor;
+pub mod transformers;
 
 pub use batch::TokenBatch;
 pub use config::RunConfig;

@@ -45,24 +45,27 @@ impl ModelShape {
         self.hidden_size / self.num_attention_heads
     }
 
+    /// Checks what has to do with text, whatever the model: tokens and positions.
+    pub fn validate_text_sizes(&self) -> Result<(), ShapeError> {
+        check_bounds(&[
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("max_position_embeddings", self.max_position_embeddings, 1 << 24),
+        ])
+    }
+
     /// Checks what the arithmetic of the model takes for granted. Bounds keep a hostile configuration from
     /// asking for more memory than any machine has (2^40 parameters).
     pub fn validate(&self) -> Result<(), ShapeError> {
+        self.validate_text_sizes()?;
         let fail = |field, reason: String| Err(ShapeError { field, reason });
         let bounded = [
-            ("vocab_size", self.vocab_size, 1 << 24),
             ("hidden_size", self.hidden_size, 1 << 20),
             ("intermediate_size", self.intermediate_size, 1 << 22),
             ("num_hidden_layers", self.num_hidden_layers, 1 << 12),
             ("num_attention_heads", self.num_attention_heads, 1 << 14),
             ("num_key_value_heads", self.num_key_value_heads, 1 << 14),
-            ("max_position_embeddings", self.max_position_embeddings, 1 << 24),
         ];
-        for (field, value, maximum) in bounded {
-            if value == 0 || value > maximum {
-                return fail(field, format!("{value} is outside 1..={maximum}"));
-            }
-        }
+        check_bounds(&bounded)?;
         if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             let reason = format!("{} heads do not divide hidden_size {}", self.num_attention_heads, self.hidden_size);
             return fail("num_attention_heads", reason);
@@ -85,5 +88,13 @@ impl ModelShape {
             return fail("rms_norm_eps", format!("{} must be between 0 and 1", self.rms_norm_eps));
         }
         Ok(())
+    }
+}
+
+/// Each value must be 1 to its maximum.
+fn check_bounds(bounded: &[(&'static str, usize, usize)]) -> Result<(), ShapeError> {
+    match bounded.iter().find(|(_, value, maximum)| !(1..=*maximum).contains(value)) {
+        None => Ok(()),
+        Some((field, value, maximum)) => Err(ShapeError { field, reason: format!("{value} is outside 1..={maximum}") }),
     }
 }

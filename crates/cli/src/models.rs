@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::output::Output;
-use base::{NamedTensors, ParameterSchema, Round, RunConfig};
+use base::{NamedTensors, Round, RunConfig};
 use data::TextTokenizer;
 use site::{Mode, RunFolder, SavedState, TrainingState};
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ impl Model {
         let (config, _) = run.config()?;
         let state = newest_state(&run, &config, output)?;
         let name = format!("{} after step {}", config.run.name, state.saved.step);
-        let parameters = ParameterSchema::llama(&config.model).unflatten(&state.global.parameters);
+        let parameters = config.schema().unflatten(&state.global.parameters);
         let tokenizer = run.data().join(data::manifest::TOKENIZER_FILE);
         Ok(Self { run: Some(run), config, parameters, name, tokenizer })
     }
@@ -105,7 +105,7 @@ pub(crate) fn refresh_initial_state(run: &RunFolder, config: &RunConfig, output:
     }
     // What cannot be loaded is reported by whoever needs it.
     let Ok(loaded) = checkpoint::load_latest::<SavedState>(&run.checkpoints()) else { return Ok(()) };
-    let schema = ParameterSchema::llama(&config.model);
+    let schema = config.schema();
     let (mode, seed) = (loaded.state.mode, loaded.state.seed);
     let fits = TrainingState::from_checkpoint(config, &schema, loaded.state, &loaded.tensors).is_ok();
     if (fits && seed == config.run.seed) || mode != Mode::Initial {
@@ -125,7 +125,7 @@ pub(crate) fn save_initial_state(run: &RunFolder, config: &RunConfig) -> Result<
     let parameters = engine::initial_parameters(&config.model, config.run.seed);
     let state = TrainingState::initial(config, &parameters)
         .unwrap_or_else(|error| unreachable!("initial parameters are of the model they are made for: {error}"));
-    let schema = ParameterSchema::llama(&config.model);
+    let schema = config.schema();
     state.save(&run.checkpoints(), Round(0), &schema, config.checkpoint.keep)?;
     Ok(state)
 }

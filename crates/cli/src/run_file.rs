@@ -4,6 +4,7 @@
 //! the table has exactly the keys that are read, and that the file parses back to what was written, are tests.
 
 use base::RunConfig;
+use base::transformers::TransformersSection;
 use std::fmt::Write;
 
 /// Column in which comments begin, where the setting leaves room.
@@ -96,7 +97,23 @@ pub(crate) fn render(config: &RunConfig) -> String {
             // Writing to a string cannot fail.
             let _ = writeln!(text, "{setting:<COMMENT_COLUMN$}# {meaning}");
         }
+        if let ("model", Some(transformers)) = (section, &config.transformers) {
+            text.push_str(&render_transformers(transformers));
+        }
     }
+    text
+}
+
+/// The section that only a model other than Llama has.
+fn render_transformers(section: &TransformersSection) -> String {
+    let string = |text: &String| toml::Value::String(text.clone());
+    let mut text =
+        String::from("\n# Not a Llama: transformers builds it from this config.json, and PyTorch engines train it.\n");
+    text.push_str(&format!("[transformers]\nconfig = {}\nparameters = [\n", string(&section.config)));
+    for line in &section.parameters {
+        text.push_str(&format!("    {},\n", string(line)));
+    }
+    text.push_str("]\n");
     text
 }
 
@@ -144,6 +161,9 @@ mod tests {
         changed.train.epsilon = 1e-30;
         changed.sync.strategy = Strategy::Synchronous;
         changed.sync.shares = vec![1.0, 2.0, 5.0];
+        let parameters = vec!["wte.weight 512 x 64".to_owned(), "ln.weight 64".to_owned()];
+        changed.transformers =
+            Some(TransformersSection { config: "{\"model_type\": \"gpt2\"}\n".to_owned(), parameters });
         assert_eq!(RunConfig::from_toml(&render(&changed)).unwrap(), changed);
     }
 

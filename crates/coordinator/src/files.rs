@@ -4,7 +4,7 @@
 
 use base::config::{ConfigError, RUN_TOML_BYTES_MAX};
 use base::layout::{CHECKPOINTS_FOLDER, DATA_FOLDER, INITIAL_CHECKPOINT, RUN_FILE};
-use base::{ContentHash, Hint, ParameterSchema, RunConfig};
+use base::{ContentHash, Hint, RunConfig};
 use data::DatasetError;
 use data::manifest::{MANIFEST_FILE, Manifest};
 use std::collections::{BTreeMap, BTreeSet};
@@ -114,7 +114,7 @@ impl RunFiles {
             files.push(hashed(root, &format!("{initial}/{name}"))?);
         }
         let initial_hash = read_state_hash(&root.join(&initial).join("state.json"))?;
-        let parameters = ParameterSchema::llama(&config.model).elements() as u64;
+        let parameters = config.schema().elements() as u64;
         Ok(Self { config, config_text, files, initial_hash, parameters, root: root.to_owned() })
     }
 }

@@ -3,7 +3,7 @@
 use crate::state::{SavedState, TrainingState};
 use base::config::{ConfigError, RUN_TOML_BYTES_MAX};
 use base::layout::{CHECKPOINTS_FOLDER, DATA_FOLDER, EVENTS_FILE, RUN_FILE};
-use base::{Hint, ParameterSchema, RunConfig};
+use base::{Hint, RunConfig};
 use checkpoint::{LoadError, Skipped};
 use data::{Dataset, DatasetError, Split};
 use std::io::Read;
@@ -142,7 +142,7 @@ impl RunFolder {
     /// There is none, or it is of another model.
     pub fn newest(&self, config: &RunConfig) -> Result<(TrainingState, Vec<Skipped>), FolderError> {
         let loaded = checkpoint::load_latest::<SavedState>(&self.checkpoints())?;
-        let schema = ParameterSchema::llama(&config.model);
+        let schema = config.schema();
         let state = TrainingState::from_checkpoint(config, &schema, loaded.state, &loaded.tensors)
             .map_err(|source| FolderError::OtherModel { path: loaded.path, source })?;
         Ok((state, loaded.skipped))

@@ -136,7 +136,7 @@ impl TrainingState {
     /// # Errors
     /// Tensors of another model.
     pub fn initial(config: &RunConfig, parameters: &NamedTensors) -> Result<Self, TensorMismatch> {
-        let schema = ParameterSchema::llama(&config.model);
+        let schema = config.schema();
         let commit = Commit { term: base::Term(0), round: base::Round(0), contributors: Vec::new(), cursor: 0 };
         let outer = OuterOptimizer::new(config, &schema);
         let global = GlobalState { parameters: schema.flatten(parameters)?, outer, commit: commit.clone() };

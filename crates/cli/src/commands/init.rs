@@ -316,7 +316,7 @@ fn summarise(folder: &Path, config: &RunConfig, prepared: Prepared, state_hash: 
         tokenizer_hash: manifest.tokenizer.blake3,
         data_hash: manifest.hash(),
         state_hash,
-        parameters: ParameterSchema::llama(&config.model).elements() as u64,
+        parameters: config.schema().elements() as u64,
         memory_bytes_estimate: memory_bytes_estimate(config),
         steps: config.train.steps,
         step_tokens: (config.train.batch_samples * config.data.sequence_length) as u64,
@@ -393,7 +393,7 @@ mod tests {
         let parameters = |size: Size| {
             let config = size.config("x", size.vocabulary_size());
             config.validate().unwrap();
-            ParameterSchema::llama(&config.model).elements() as f64 / 1e6
+            config.schema().elements() as f64 / 1e6
         };
         for (size, millions) in
             [(Size::Million1, 1.0), (Size::Million5, 5.0), (Size::Million25, 25.0), (Size::Million100, 100.0)]

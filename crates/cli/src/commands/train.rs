@@ -6,7 +6,7 @@ use crate::models::refresh_initial_state;
 use crate::output::Output;
 use crate::signals::{runtime, stop_flag};
 use crate::watch::Watch;
-use base::{Hint, ParameterSchema};
+use base::Hint;
 use site::{RunFolder, Trainer, train_alone};
 use std::path::PathBuf;
 use telemetry::log::system_unix_ms;
@@ -49,7 +49,7 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         run: config.run.name.clone(),
         strategy: "alone".to_owned(),
         sites: 1,
-        parameters: ParameterSchema::llama(&config.model).elements() as u64,
+        parameters: config.schema().elements() as u64,
         tokens_planned: config.train.steps * (config.train.batch_samples * config.data.sequence_length) as u64,
         rounds_planned: config.train.steps.div_ceil(config.steps_per_round()),
         engine: Some(args.engine.engine.clone()),
