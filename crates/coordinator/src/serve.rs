@@ -7,7 +7,9 @@ use crate::files::{FilesError, RunFiles, Served};
 use crate::store::{Line, Store, StoreError};
 use base::{ContentHash, Hint, Round, SiteId};
 use rounds::coordinator::Note;
-use rounds::{Command, Commit, Coordinator, Directive, Event as Input, LeaveReason, LedgerTotals, Peer, Settings};
+use rounds::{
+    Command, Commit, Coordinator, Directive, Event as Input, LeaveReason, LedgerTotals, Peer, Settings, SiteDevice,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::net::SocketAddr;
@@ -530,6 +532,10 @@ impl Shell {
     fn note(&mut self, note: Note) {
         match note {
             Note::SiteReady { site, tokens_per_second } => self.emit(Event::SiteReady { site, tokens_per_second }),
+            Note::SiteDevice { site, device } => {
+                let SiteDevice { engine, name, maker, driver, memory_bytes, precision } = device;
+                self.emit(Event::SiteDevice { site, engine, name, maker, driver, memory_bytes, precision });
+            }
             Note::SiteLeft { site, reason } => {
                 let reason = serde_json::to_value(reason).ok().and_then(|v| v.as_str().map(str::to_owned));
                 self.emit(Event::SiteLeft { site, reason: reason.unwrap_or_default() });
@@ -541,7 +547,8 @@ impl Shell {
                     start: assignment.lease.first().map_or(0, |range| range.start),
                     end: assignment.lease.last().map_or(0, |range| range.end),
                     steps: assignment.steps,
-                    samples_per_step: assignment.samples_per_step,
+                    samples_per_step: assignment.samples.div_ceil(assignment.steps.max(1)),
+                    samples: assignment.samples,
                     share: assignment.share,
                 });
                 let leases = leases.collect();

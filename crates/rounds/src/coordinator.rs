@@ -8,8 +8,10 @@
 //! It never touches a tensor: it compares hashes.
 
 use crate::ledger::{Ledger, LedgerTotals};
-use crate::plan::{Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan};
-use crate::shares::{have_moved, portions};
+use crate::plan::{
+    Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan, SiteDevice,
+};
+use crate::shares::{Speed, follow, have_moved, portions};
 use base::{ContentHash, Round, RunConfig, SiteId, Term};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,9 +19,6 @@ use std::collections::{BTreeMap, BTreeSet};
 /// A round may take this many times its expected compute time, and `deadline_seconds` on top, before sites that have not
 /// delivered are dropped.
 pub const DEADLINE_FACTOR: f64 = 3.0;
-
-/// Weight of the newest measurement in a site's smoothed speed.
-pub const SPEED_SMOOTHING: f64 = 0.3;
 
 /// What the decisions depend on.
 #[derive(Debug, Clone, PartialEq)]
@@ -138,6 +137,13 @@ pub enum Note {
         /// Measured at join.
         tokens_per_second: f64,
     },
+    /// What a site computes on.
+    SiteDevice {
+        /// Who.
+        site: SiteId,
+        /// On what.
+        device: SiteDevice,
+    },
     /// A site is gone.
     SiteLeft {
         /// Who.
@@ -209,7 +215,8 @@ struct Site {
     held: Option<(Round, ContentHash)>,
     /// Whether it takes part in rounds: it holds the state of the last commit, or has been sent that commit.
     current: bool,
-    tokens_per_second: f64,
+    /// Tokens a second.
+    speed: Speed,
 }
 
 #[derive(Debug, Clone)]
@@ -321,7 +328,7 @@ impl Coordinator {
         // A site that connects anew has lost what it held in memory: it starts over as a newcomer.
         self.remove(peer.site, LeaveReason::ConnectionLost, commands);
         let site = peer.site;
-        self.sites.insert(site, Site { peer, held: None, current: false, tokens_per_second: 1.0 });
+        self.sites.insert(site, Site { peer, held: None, current: false, speed: Speed::new(1.0) });
         self.tell_peers(commands);
     }
 
@@ -350,6 +357,7 @@ impl Coordinator {
                 }
             }
             Report::Leave { reason } => self.remove(site, reason, commands),
+            Report::Device(device) => commands.push(Command::Note(Note::SiteDevice { site, device: device.clipped() })),
         }
     }
 
@@ -359,7 +367,7 @@ impl Coordinator {
         }
         if let Some(site) = self.sites.get_mut(&id) {
             site.held = Some(held);
-            site.tokens_per_second = tokens_per_second;
+            site.speed = Speed::new(tokens_per_second);
             commands.push(Command::Note(Note::SiteReady { site: id, tokens_per_second }));
         }
     }
@@ -372,10 +380,11 @@ impl Coordinator {
         let Some(assignment) = collecting.plan.assignments.iter().find(|assignment| assignment.site == site) else {
             return self.drop_site(site, LeaveReason::Misbehaved, commands);
         };
-        let tokens = assignment.samples_per_step * assignment.steps * self.settings.sequence_length;
+        let tokens = assignment.samples * self.settings.sequence_length;
         let honest = contribution.tokens == tokens
             && contribution.delta_bytes == self.settings.delta_bytes
-            && contribution.loss_nats.is_finite();
+            && contribution.loss_nats.is_finite()
+            && contribution.compute_seconds.is_finite();
         if !honest {
             return self.drop_site(site, LeaveReason::Misbehaved, commands);
         }
@@ -388,8 +397,7 @@ impl Coordinator {
         if let Some(site) = self.sites.get_mut(&site)
             && contribution.compute_seconds > 0.0
         {
-            let measured = tokens as f64 / contribution.compute_seconds;
-            site.tokens_per_second += SPEED_SMOOTHING * (measured - site.tokens_per_second);
+            site.speed.newest = tokens as f64 / contribution.compute_seconds;
         }
     }
 
@@ -654,19 +662,19 @@ impl Coordinator {
         let first_step = last_round.0 * self.settings.steps_per_round;
         let steps = self.settings.steps_per_round.min(self.settings.steps_total - first_step);
         let portions = portions(self.settings.batch_samples, steps, &weights);
-        let samples_total: u64 = portions.iter().map(|portion| portion.samples_per_step * portion.steps).sum();
+        let samples_total = self.settings.batch_samples * steps;
         let mut assignments = Vec::new();
         let mut expected_seconds: f64 = 0.0;
         for (site, portion) in current.iter().zip(portions) {
-            let samples = portion.samples_per_step * portion.steps;
+            let samples = portion.samples;
             if samples == 0 {
                 continue;
             }
             let tokens = (samples * self.settings.sequence_length) as f64;
-            expected_seconds = expected_seconds.max(tokens / self.sites[site].tokens_per_second);
+            expected_seconds = expected_seconds.max(tokens / self.sites[site].speed.newest);
             assignments.push(Assignment {
                 site: *site,
-                samples_per_step: portion.samples_per_step,
+                samples,
                 steps: portion.steps,
                 lease: self.ledger.lease(round, *site, samples),
                 share: samples as f64 / samples_total as f64,
@@ -680,13 +688,20 @@ impl Coordinator {
         self.phase = Phase::Collecting(Collecting { plan, began: now, deadline, contributions, holds });
     }
 
-    /// Weight of each current site: as configured, or its measured speed, kept until it has moved enough.
+    /// Weight of each current site: as configured, or its measured speed, kept until the parts have moved enough.
     fn weigh(&mut self, current: &[SiteId], commands: &mut Vec<Command>) -> Vec<f64> {
         if !self.settings.shares.is_empty() {
             let configured = |site: &SiteId| self.settings.shares.get(site.0 as usize).copied().unwrap_or(1.0);
             return current.iter().map(configured).collect();
         }
-        let measured: Vec<f64> = current.iter().map(|site| self.sites[site].tokens_per_second).collect();
+        let mut speeds: Vec<Speed> = current.iter().map(|site| self.sites[site].speed).collect();
+        follow(&mut speeds);
+        for (site, speed) in current.iter().zip(&speeds) {
+            if let Some(site) = self.sites.get_mut(site) {
+                site.speed = *speed;
+            }
+        }
+        let measured: Vec<f64> = speeds.iter().map(|speed| speed.believed).collect();
         let in_use: Vec<f64> = current.iter().filter_map(|site| self.weights.get(site).copied()).collect();
         if in_use.len() == self.weights.len() && !have_moved(&in_use, &measured) {
             return in_use;

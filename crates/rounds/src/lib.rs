@@ -20,4 +20,6 @@ pub use ledger::{Ledger, LedgerTotals, SampleRange};
 pub use member::{Member, MemberCommand, MemberEvent};
 pub use merge::token_weighted_mean;
 pub use outer::{OuterOptimizer, OuterRule};
-pub use plan::{Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan};
+pub use plan::{
+    Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan, SiteDevice,
+};

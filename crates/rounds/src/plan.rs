@@ -1,6 +1,7 @@
 //! What the coordinator and the sites say to each other, as plain data. `wire` gives it bytes.
 
 use crate::ledger::SampleRange;
+use crate::shares::step_samples;
 use base::{ContentHash, Round, SiteId, Term};
 use serde::{Deserialize, Serialize};
 
@@ -22,14 +23,21 @@ pub struct Peer {
 pub struct Assignment {
     /// Who works.
     pub site: SiteId,
-    /// Samples in each of its inner steps.
-    pub samples_per_step: u64,
-    /// Its inner steps.
+    /// Samples of the whole round.
+    pub samples: u64,
+    /// Its inner steps; see [`Assignment::step_samples`].
     pub steps: u64,
-    /// `samples_per_step * steps` positions, in training order.
+    /// `samples` positions, in training order.
     pub lease: Vec<SampleRange>,
     /// Its part of the round's samples.
     pub share: f64,
+}
+
+impl Assignment {
+    /// Samples of inner step `index`, from 0: as even as whole samples allow.
+    pub fn step_samples(&self, index: u64) -> u64 {
+        step_samples(self.samples, self.steps, index)
+    }
 }
 
 /// A round as it begins.
@@ -148,6 +156,41 @@ pub enum LeaveReason {
     Misbehaved,
     /// Its engine failed.
     EngineFailed,
+    /// Its engine gave a number that is not finite.
+    EngineNotFinite,
+    /// Its engine did not come back from a call.
+    EngineHung,
+}
+
+/// Longest text in a [`SiteDevice`].
+pub const DEVICE_TEXT_BYTES_MAX: usize = 256;
+
+/// What a site computes on, for people.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SiteDevice {
+    /// Engine and device as `--engine` takes it.
+    pub engine: String,
+    /// What the maker calls the device.
+    pub name: String,
+    /// Who made it; empty where the system does not tell.
+    pub maker: String,
+    /// Driver or software stack with its version; empty where there is none.
+    pub driver: String,
+    /// Memory of the device, where the driver tells.
+    pub memory_bytes: Option<u64>,
+    /// What matrix products are computed in: `f32` or `bf16`.
+    pub precision: String,
+}
+
+impl SiteDevice {
+    /// The same with texts of at most [`DEVICE_TEXT_BYTES_MAX`].
+    #[must_use]
+    pub fn clipped(mut self) -> Self {
+        for text in [&mut self.engine, &mut self.name, &mut self.maker, &mut self.driver, &mut self.precision] {
+            text.truncate(text.floor_char_boundary(DEVICE_TEXT_BYTES_MAX));
+        }
+        self
+    }
 }
 
 /// From a site to the coordinator.
@@ -188,6 +231,8 @@ pub enum Report {
         /// Why.
         reason: LeaveReason,
     },
+    /// What it computes on, once the engine runs.
+    Device(SiteDevice),
 }
 
 /// Hash of the global state after a commit (invariant I1): BLAKE3 of the parameters and outer buffers as little-endian

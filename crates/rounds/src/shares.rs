@@ -1,25 +1,52 @@
-//! How the batch of an inner step is divided among sites of unequal speed.
+//! How the samples of a round are divided among sites of unequal speed.
+//!
+//! Work is counted per round: `batch_samples · steps` samples, divided by largest remainder, so that every site's part
+//! differs from the ideal one by less than a sample in the whole round, whatever the ratio of the speeds. Inside the round
+//! a site spreads its samples over its inner steps as evenly as whole samples allow ([`step_samples`]).
+//!
+//! Speeds are measured anew in every round. A jump is believed at once, small changes are averaged first ([`follow`]): a
+//! throttled device loses samples in the very next round, and noise moves nothing.
 
 /// A share moves only when some site's measured part of the total speed has changed by more than this fraction,
 /// so that noise does not.
 pub const SHARE_CHANGE_MIN: f64 = 0.10;
 
+/// Weight of the newest measurement in a speed that only drifts. Independent noise of 5 % a round is averaged to
+/// 5 % · √(0.3 / 1.7) = 2.1 %.
+pub const SPEED_SMOOTHING: f64 = 0.3;
+
 /// Work of one site in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Portion {
-    /// Samples in each of its inner steps.
-    pub samples_per_step: u64,
-    /// Its inner steps.
+    /// Samples of the whole round.
+    pub samples: u64,
+    /// Inner steps over which they are spread, at least one sample in each.
     pub steps: u64,
 }
 
-/// Divides `batch_samples` in proportion to `weights` (positive), by largest remainder; ties go to the earlier site.
-/// The parts add up to `batch_samples`.
-pub fn divide(batch_samples: u64, weights: &[f64]) -> Vec<u64> {
+/// Training speed of one site as the coordinator knows it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Speed {
+    /// As measured last, tokens a second.
+    pub newest: f64,
+    /// What its share is computed from, tokens a second.
+    pub believed: f64,
+}
+
+impl Speed {
+    /// A first measurement.
+    pub fn new(tokens_per_second: f64) -> Self {
+        Self { newest: tokens_per_second, believed: tokens_per_second }
+    }
+}
+
+/// Divides `samples` in proportion to `weights` (positive), by largest remainder; ties go to the earlier site.
+/// The parts add up to `samples`, and each differs from the exact proportion by less than one.
+pub fn divide(samples: u64, weights: &[f64]) -> Vec<u64> {
     let total: f64 = weights.iter().sum();
-    let exact: Vec<f64> = weights.iter().map(|weight| batch_samples as f64 * weight / total).collect();
+    let exact: Vec<f64> = weights.iter().map(|weight| samples as f64 * (weight / total)).collect();
     let mut parts: Vec<u64> = exact.iter().map(|part| part.floor() as u64).collect();
-    let missing = batch_samples.saturating_sub(parts.iter().sum()) as usize;
+    let missing = samples.saturating_sub(parts.iter().sum()) as usize;
     let mut order: Vec<usize> = (0..parts.len()).collect();
     order.sort_by(|&a, &b| exact[b].fract().total_cmp(&exact[a].fract()).then(a.cmp(&b)));
     for &index in order.iter().cycle().take(missing) {
@@ -28,22 +55,19 @@ pub fn divide(batch_samples: u64, weights: &[f64]) -> Vec<u64> {
     parts
 }
 
-/// The portion of each site. A site whose share is under one sample takes one sample in fewer of the `steps`; where a
-/// round has a single step there are no fewer, and it only follows (0 steps).
+/// The portion of each site in a round of `steps` inner steps of `batch_samples` samples. A site whose samples are fewer
+/// than the steps takes one sample in that many steps; one without samples only follows.
 pub fn portions(batch_samples: u64, steps: u64, weights: &[f64]) -> Vec<Portion> {
-    let total: f64 = weights.iter().sum();
-    let slow = |weight: f64| batch_samples as f64 * weight / total < 0.5;
-    let fast: Vec<f64> = weights.iter().copied().filter(|weight| !slow(*weight)).collect();
-    let mut parts = divide(batch_samples, &fast).into_iter();
-    let portion = |&weight: &f64| {
-        if slow(weight) {
-            let steps = (steps as f64 * batch_samples as f64 * weight / total).round() as u64;
-            return Portion { samples_per_step: 1, steps };
-        }
-        let samples_per_step = parts.next().unwrap_or(0);
-        Portion { samples_per_step, steps: if samples_per_step == 0 { 0 } else { steps } }
-    };
-    weights.iter().map(portion).collect()
+    let portion = |samples: u64| Portion { samples, steps: steps.min(samples) };
+    divide(batch_samples * steps, weights).into_iter().map(portion).collect()
+}
+
+/// Samples of inner step `index` (from 0) of `steps`, of a round of `samples`:
+/// ⌊(index + 1) · samples / steps⌋ − ⌊index · samples / steps⌋.
+pub fn step_samples(samples: u64, steps: u64, index: u64) -> u64 {
+    let before = |index: u64| u128::from(index) * u128::from(samples) / u128::from(steps.max(1));
+    // The difference of two neighbours is at most `samples`.
+    (before(index + 1) - before(index)) as u64
 }
 
 /// Whether measured speeds have moved far enough from the weights in use to divide anew.
@@ -53,9 +77,21 @@ pub fn have_moved(in_use: &[f64], measured: &[f64]) -> bool {
         || (0..in_use.len()).any(|i| (part(measured, i) / part(in_use, i) - 1.0).abs() > SHARE_CHANGE_MIN)
 }
 
+/// Brings what is believed up to the newest measurements of all sites, once a round: if they differ by more than
+/// [`SHARE_CHANGE_MIN`] in some site's part, something has happened and they are taken as they are; else they are averaged.
+pub fn follow(speeds: &mut [Speed]) {
+    let newest: Vec<f64> = speeds.iter().map(|speed| speed.newest).collect();
+    let believed: Vec<f64> = speeds.iter().map(|speed| speed.believed).collect();
+    let weight = if have_moved(&believed, &newest) { 1.0 } else { SPEED_SMOOTHING };
+    for speed in speeds {
+        speed.believed += weight * (speed.newest - speed.believed);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use base::random::Random;
     use proptest::prelude::*;
 
     #[test]
@@ -66,11 +102,28 @@ mod tests {
     }
 
     #[test]
-    fn a_very_slow_site_does_fewer_steps() {
-        let portions = portions(8, 20, &[100.0, 100.0, 1.0]);
-        // 8 samples * 1/201 * 20 steps = 0.8 samples in the round.
-        assert_eq!(portions[2], Portion { samples_per_step: 1, steps: 1 });
-        assert_eq!(portions[0].samples_per_step + portions[1].samples_per_step, 8);
+    fn whole_samples_a_step_stay_whole() {
+        let portions = portions(8, 20, &[1.0, 2.0, 5.0]);
+        assert_eq!(portions.iter().map(|portion| portion.samples).collect::<Vec<_>>(), [20, 40, 100]);
+        for (portion, expected) in portions.iter().zip([1, 2, 5]) {
+            assert!((0..20).all(|step| step_samples(portion.samples, portion.steps, step) == expected));
+        }
+    }
+
+    #[test]
+    fn sites_of_1_to_12_share_the_round_and_not_the_step() {
+        // A step of 8 samples cannot be cut 1:12; a round of 20 steps can: 12.3 and 147.7 of 160.
+        let portions = portions(8, 20, &[1.0, 12.0]);
+        assert_eq!(portions, [Portion { samples: 12, steps: 12 }, Portion { samples: 148, steps: 20 }]);
+        let steps: Vec<u64> = (0..5).map(|step| step_samples(148, 20, step)).collect();
+        assert_eq!(steps, [7, 7, 8, 7, 8]);
+    }
+
+    #[test]
+    fn a_very_slow_site_does_fewer_steps_or_only_follows() {
+        // 8 samples · 20 steps · 1/201 = 0.8 samples in the round.
+        assert_eq!(portions(8, 20, &[100.0, 100.0, 1.0])[2], Portion { samples: 1, steps: 1 });
+        assert_eq!(portions(8, 1, &[100.0, 100.0, 1.0])[2], Portion { samples: 0, steps: 0 });
     }
 
     #[test]
@@ -81,14 +134,67 @@ mod tests {
         assert!(have_moved(&[1.0], &[1.0, 1.0]));
     }
 
+    #[test]
+    fn a_jump_is_believed_at_once_and_drift_is_averaged() {
+        let mut speeds = [Speed::new(100.0), Speed::new(300.0)];
+        speeds[0].newest = 50.0;
+        follow(&mut speeds);
+        assert_eq!(speeds[0].believed, 50.0);
+        speeds[0].newest = 52.0;
+        follow(&mut speeds);
+        assert!((speeds[0].believed - 50.6).abs() < 1e-9);
+    }
+
+    #[test]
+    fn noise_of_5_percent_never_takes_what_is_believed_out_of_the_bound() {
+        for seed in 0..100 {
+            let mut random = Random::new(seed, 0);
+            let truth = [120.0, 120.0, 1_440.0];
+            let mut speeds = truth.map(Speed::new);
+            for _ in 0..50 {
+                for (speed, truth) in speeds.iter_mut().zip(truth) {
+                    speed.newest = truth * (0.95 + 0.1 * random.next_unit());
+                }
+                follow(&mut speeds);
+                assert!(!have_moved(&truth, &speeds.map(|speed| speed.believed)), "seed {seed}: {speeds:?}");
+            }
+        }
+    }
+
+    fn weights() -> impl Strategy<Value = Vec<f64>> {
+        prop::collection::vec(0.001f64..1e6, 1..40)
+    }
+
     proptest! {
         #[test]
-        fn every_sample_is_given_once(batch in 1u64..10_000, weights in prop::collection::vec(0.001f64..1e6, 1..40)) {
+        fn every_sample_is_given_once(batch in 1u64..10_000, weights in weights()) {
             let parts = divide(batch, &weights);
             prop_assert_eq!(parts.iter().sum::<u64>(), batch);
             let total: f64 = weights.iter().sum();
             for (part, weight) in parts.iter().zip(&weights) {
-                prop_assert!((*part as f64 - batch as f64 * weight / total).abs() <= 1.0);
+                prop_assert!((*part as f64 - batch as f64 * weight / total).abs() <= 1.0 + 1e-6);
+            }
+        }
+
+        /// A site of `weight` samples a second needs samples / weight seconds: within one sample's time of the others.
+        #[test]
+        fn all_sites_finish_within_one_sample_of_the_ideal(
+            batch in 1u64..512, steps in 1u64..200, weights in weights(),
+        ) {
+            let ideal_seconds = (batch * steps) as f64 / weights.iter().sum::<f64>();
+            for (portion, weight) in portions(batch, steps, &weights).iter().zip(&weights) {
+                let sample_seconds = 1.0 / weight;
+                let seconds = portion.samples as f64 * sample_seconds;
+                prop_assert!((seconds - ideal_seconds).abs() <= sample_seconds * (1.0 + 1e-6));
+            }
+        }
+
+        #[test]
+        fn the_steps_of_a_round_add_up_and_are_even(batch in 1u64..512, steps in 1u64..200, weights in weights()) {
+            for Portion { samples, steps } in portions(batch, steps, &weights) {
+                let each: Vec<u64> = (0..steps).map(|index| step_samples(samples, steps, index)).collect();
+                prop_assert_eq!(each.iter().sum::<u64>(), samples);
+                prop_assert!(each.iter().all(|&count| count >= 1 && count.abs_diff(samples / steps.max(1)) <= 1));
             }
         }
     }

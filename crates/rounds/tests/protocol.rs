@@ -122,7 +122,7 @@ impl World {
                     });
                 }
                 MemberCommand::Train { plan, assignment } => {
-                    let tokens = assignment.samples_per_step * assignment.steps * 16;
+                    let tokens = assignment.samples * 16;
                     let delta_hash =
                         ContentHash::of(format!("{} {} {:?}", plan.round, id, assignment.lease).as_bytes());
                     let contribution =

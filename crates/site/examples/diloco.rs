@@ -53,9 +53,9 @@ fn plan(config: &RunConfig, ledger: &mut Ledger, round: u64) -> RoundPlan {
     let round = base::Round(round);
     let assignments = (0..).map(SiteId).zip(portions).zip(weights).map(|((site, portion), share)| Assignment {
         site,
-        samples_per_step: portion.samples_per_step,
+        samples: portion.samples,
         steps: portion.steps,
-        lease: ledger.lease(round, site, portion.samples_per_step * portion.steps),
+        lease: ledger.lease(round, site, portion.samples),
         share,
     });
     RoundPlan { term: Term(1), round, first_step, assignments: assignments.collect() }

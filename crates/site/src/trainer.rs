@@ -216,7 +216,7 @@ impl Trainer {
             if abandon.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let batch = self.batch(positions.by_ref().take(assignment.samples_per_step as usize));
+            let batch = self.batch(positions.by_ref().take(assignment.step_samples(index) as usize));
             let done = match self.config.sync.strategy {
                 Strategy::DiLoCo => self.step(plan.first_step + index, &batch)?,
                 Strategy::Synchronous => self.gradient(plan.first_step + index, &batch, &mut delta)?,

@@ -37,8 +37,11 @@ pub struct LeaseShare {
     pub end: u64,
     /// Inner steps.
     pub steps: u64,
-    /// Samples in each inner step.
+    /// Samples in its largest inner step; the others have this many or one less.
     pub samples_per_step: u64,
+    /// Samples of the whole round.
+    #[serde(default)]
+    pub samples: u64,
     /// Part of the joint batch, 0 to 1.
     pub share: f64,
 }
@@ -139,6 +142,23 @@ events! {
         threads: u64,
         /// Artificial factor by which the site is slowed down; 1 is none.
         slowdown: f64,
+    }
+    /// What a site computes on.
+    SiteDevice = "site_device" {
+        /// Who.
+        site: SiteId,
+        /// Engine and device as `--engine` takes it.
+        engine: String,
+        /// What the maker calls the device.
+        name: String,
+        /// Who made it; empty where the system does not tell.
+        maker: String,
+        /// Driver or software stack with its version; empty where there is none.
+        driver: String,
+        /// Memory of the device; null where the driver does not tell.
+        memory_bytes: Option<u64>,
+        /// What matrix products are computed in: `f32` or `bf16`.
+        precision: String,
     }
     /// A site holds the global state and has measured its speed.
     SiteReady = "site_ready" {
@@ -265,6 +285,41 @@ events! {
         /// The text.
         text: String,
     }
+    /// A batch did not fit the device's memory: from now on fewer samples are computed at once.
+    MicroBatchReduced = "micro_batch_reduced" {
+        /// Whose device.
+        site: SiteId,
+        /// Samples computed at once before.
+        from_samples: u64,
+        /// Samples computed at once from now on.
+        to_samples: u64,
+        /// What the device said.
+        reason: String,
+    }
+    /// An engine was lost and started again; what it had not finished is done anew.
+    EngineRestarted = "engine_restarted" {
+        /// Whose engine.
+        site: SiteId,
+        /// The last committed round when it was lost.
+        round: Round,
+        /// How often since that commit, this time included.
+        attempt: u64,
+        /// How it was lost.
+        reason: String,
+    }
+    /// An engine did not come back from a call: the site leaves.
+    EngineHung = "engine_hung" {
+        /// Whose engine.
+        site: SiteId,
+        /// Engine and device.
+        engine: String,
+        /// Which call.
+        call: String,
+        /// Inner step of the run that was being made, or the last one that was.
+        step: u64,
+        /// How long it has taken when it was given up.
+        seconds: f64,
+    }
     /// A checkpoint is on stable storage.
     CheckpointSaved = "checkpoint_saved" {
         /// After this round.
@@ -326,6 +381,32 @@ events! {
         rounds: u64,
         /// Tokens committed.
         tokens: u64,
+    }
+}
+
+impl Event {
+    /// What a person should be told of it, with what mends it; `None` for what belongs to a run without trouble.
+    pub fn warning(&self) -> Option<(String, Option<String>)> {
+        let told = |message: String| Some((message, None));
+        match self {
+            Self::Warning { message, hint } => Some((message.clone(), hint.clone())),
+            Self::PeerRefused { address, reason } => told(format!("refused {address}: {reason}")),
+            Self::CheckpointSkipped { path, reason } => told(format!("checkpoint {path} was skipped: {reason}")),
+            Self::Diverged { round, site, hash_expected, hash_found } => {
+                let (expected, found) = (hash_expected.short(), hash_found.short());
+                told(format!("site {site} diverged in round {round}: {found}, not {expected}"))
+            }
+            Self::MicroBatchReduced { site, from_samples, to_samples, reason } => {
+                told(format!("site {site}: micro-batch reduced from {from_samples} to {to_samples} samples: {reason}"))
+            }
+            Self::EngineRestarted { site, round, attempt, reason } => {
+                told(format!("site {site}: engine started again (attempt {attempt} after round {round}): {reason}"))
+            }
+            Self::EngineHung { site, engine, call, step, seconds } => told(format!(
+                "site {site}: engine {engine} did not come back from '{call}' at inner step {step} for {seconds:.0} s"
+            )),
+            _ => None,
+        }
     }
 }
 

@@ -28,7 +28,11 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::SharesChanged { .. }
         | Event::PeerRefused { .. }
         | Event::Warning { .. }
-        | Event::RunFinished { .. } => 20,
+        | Event::SiteDevice { .. }
+        | Event::MicroBatchReduced { .. }
+        | Event::EngineRestarted { .. }
+        | Event::EngineHung { .. }
+        | Event::RunFinished { .. } => 24,
     };
     let (site, round, term) = (SiteId(2), Round(3), Term(1));
     let events = vec![
@@ -50,11 +54,28 @@ pub(crate) fn one_of_each() -> Vec<Event> {
             threads: 2,
             slowdown: 1.5,
         },
+        Event::SiteDevice {
+            site,
+            engine: "torch:npu:0".to_owned(),
+            name: "Ascend 910B".to_owned(),
+            maker: "Huawei".to_owned(),
+            driver: "CANN 8.1".to_owned(),
+            memory_bytes: Some(64 << 30),
+            precision: "bf16".to_owned(),
+        },
         Event::SiteReady { site, tokens_per_second: 1_234.5 },
         Event::RoundStarted {
             round,
             term,
-            leases: vec![LeaseShare { site, start: 10, end: 50, steps: 20, samples_per_step: 2, share: 0.25 }],
+            leases: vec![LeaseShare {
+                site,
+                start: 10,
+                end: 50,
+                steps: 20,
+                samples_per_step: 2,
+                samples: 40,
+                share: 0.25,
+            }],
         },
         Event::Step {
             site,
@@ -94,6 +115,9 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::SharesChanged { reason: "speed".to_owned(), shares: vec![SiteShare { site, share: 0.3 }] },
         Event::PeerRefused { address: "10.0.0.9:1".to_owned(), reason: "wrong secret".to_owned() },
         Event::Warning { message: "disk full".to_owned(), hint: Some("free space".to_owned()) },
+        Event::MicroBatchReduced { site, from_samples: 8, to_samples: 4, reason: "8 GiB wanted".to_owned() },
+        Event::EngineRestarted { site, round, attempt: 1, reason: "signal 9".to_owned() },
+        Event::EngineHung { site, engine: "wgpu:0".to_owned(), call: "inner step".to_owned(), step: 41, seconds: 45.5 },
         Event::SiteLeft { site, reason: "SIGTERM".to_owned() },
         Event::RunFinished { verdict: "good".to_owned(), state_hash: hash("end"), rounds: 50, tokens: 2_000_000 },
     ];

@@ -16,6 +16,9 @@ pub const WARNINGS_MAX: usize = 20;
 pub const SITES_MAX: usize = 10_000;
 /// Spans over which speed is averaged: enough to smooth one slow round, few enough to follow a site that leaves.
 const SPEED_SPANS: usize = 8;
+/// Rounds of which a site's compute time is kept: a commit is logged when all sites have applied it, and by then a quick
+/// one may have finished the next round.
+const COMPUTED_ROUNDS_MAX: usize = 2;
 /// Characters of a warning or sample that are kept.
 const TEXT_CHARS_MAX: usize = 2_000;
 
@@ -44,6 +47,16 @@ pub struct SiteView {
     pub name: String,
     /// Engine and device.
     pub engine: String,
+    /// What the maker calls the device.
+    pub device: Option<String>,
+    /// Who made it.
+    pub maker: Option<String>,
+    /// Driver or software stack with its version.
+    pub driver: Option<String>,
+    /// Memory of the device.
+    pub memory_bytes: Option<u64>,
+    /// What matrix products are computed in: `f32` or `bf16`.
+    pub precision: Option<String>,
     /// What it is doing.
     pub state: SiteState,
     /// Training tokens a second while computing: measured alone at first, then in its last round.
@@ -52,6 +65,10 @@ pub struct SiteView {
     pub share: Option<f64>,
     /// Tokens it trained.
     pub tokens: u64,
+    /// Time in inner steps, over the committed rounds to which it contributed.
+    pub compute_seconds: f64,
+    /// The rest of those rounds' time: exchange, outer step, and waiting for others.
+    pub idle_seconds: f64,
     /// Bytes of its deltas that the writers of this log fetched.
     pub bytes_sent: u64,
     /// Mean training loss of its last round, nats a token.
@@ -60,6 +77,31 @@ pub struct SiteView {
     pub state_hash: Option<ContentHash>,
     /// Why it left.
     pub left_reason: Option<String>,
+    /// Its time in inner steps of rounds whose commit was not logged yet.
+    #[serde(skip)]
+    computed: VecDeque<(Round, f64)>,
+}
+
+impl SiteView {
+    /// Part of the time of its rounds in which it did not compute, 0 to 1; `None` before its first commit.
+    pub fn idle_fraction(&self) -> Option<f64> {
+        let seconds = self.compute_seconds + self.idle_seconds;
+        (seconds > 0.0).then(|| self.idle_seconds / seconds)
+    }
+
+    /// A round of `seconds` was committed with `tokens` of this site.
+    fn contributed(&mut self, round: Round, seconds: f64, tokens: u64) {
+        self.tokens = self.tokens.saturating_add(tokens);
+        if let Some((_, compute_seconds)) = self.computed.iter().find(|(computed, _)| *computed == round) {
+            self.compute_seconds += compute_seconds;
+            self.idle_seconds += (seconds - compute_seconds).max(0.0);
+        }
+    }
+}
+
+/// Text of a field that is empty where nothing is known.
+fn known(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| clipped(text))
 }
 
 /// Where the run is.
@@ -280,14 +322,22 @@ impl RunView {
             site,
             name: format!("site {site}"),
             engine: String::new(),
+            device: None,
+            maker: None,
+            driver: None,
+            memory_bytes: None,
+            precision: None,
             state: SiteState::Joining,
             tokens_per_second: None,
             share: None,
             tokens: 0,
+            compute_seconds: 0.0,
+            idle_seconds: 0.0,
             bytes_sent: 0,
             loss_nats: None,
             state_hash: None,
             left_reason: None,
+            computed: VecDeque::new(),
         }))
     }
 
@@ -303,6 +353,13 @@ impl RunView {
                 (view.name, view.engine) = (clipped(name), clipped(engine));
                 (view.state, view.left_reason) = (SiteState::Joining, None);
             }),
+            Event::SiteDevice { site, engine, name, maker, driver, memory_bytes, precision } => {
+                self.change_site(*site, |view| {
+                    view.engine = clipped(engine);
+                    (view.device, view.maker, view.driver) = (known(name), known(maker), known(driver));
+                    (view.memory_bytes, view.precision) = (*memory_bytes, known(precision));
+                });
+            }
             Event::SiteReady { site, tokens_per_second } => self.change_site(*site, |view| {
                 (view.state, view.tokens_per_second) = (SiteState::Ready, Some(*tokens_per_second));
             }),
@@ -316,8 +373,9 @@ impl RunView {
                     });
                 }
             }
-            Event::RoundComputed { site, tokens, compute_seconds, loss_nats, .. } => {
+            Event::RoundComputed { round, site, tokens, compute_seconds, loss_nats } => {
                 self.change_site(*site, |view| {
+                    push_bounded(&mut view.computed, (*round, *compute_seconds), COMPUTED_ROUNDS_MAX);
                     (view.state, view.loss_nats) = (SiteState::Computed, Some(*loss_nats));
                     if *compute_seconds > 0.0 {
                         view.tokens_per_second = Some(*tokens as f64 / compute_seconds);
@@ -327,11 +385,9 @@ impl RunView {
             Event::DeltaFetched { from_site, bytes, .. } => {
                 self.change_site(*from_site, |view| view.bytes_sent = view.bytes_sent.saturating_add(*bytes));
             }
-            Event::RoundCommitted { contributors, .. } => {
+            Event::RoundCommitted { round, contributors, seconds, .. } => {
                 for contributor in contributors {
-                    self.change_site(contributor.site, |view| {
-                        view.tokens = view.tokens.saturating_add(contributor.tokens);
-                    });
+                    self.change_site(contributor.site, |view| view.contributed(*round, *seconds, contributor.tokens));
                 }
                 for view in self.sites.values_mut().filter(|view| view.state == SiteState::Computed) {
                     view.state = SiteState::Ready;
@@ -350,17 +406,8 @@ impl RunView {
     }
 
     fn apply_warnings(&mut self, unix_ms: u64, event: &Event) {
-        let (message, hint) = match event {
-            Event::Warning { message, hint } => (message.clone(), hint.clone()),
-            Event::PeerRefused { address, reason } => (format!("refused {address}: {reason}"), None),
-            Event::CheckpointSkipped { path, reason } => (format!("checkpoint {path} was skipped: {reason}"), None),
-            Event::Diverged { round, site, hash_expected, hash_found } => {
-                self.divergences += 1;
-                let (expected, found) = (hash_expected.short(), hash_found.short());
-                (format!("site {site} diverged in round {round}: {found}, not {expected}"), None)
-            }
-            _ => return,
-        };
+        let Some((message, hint)) = event.warning() else { return };
+        self.divergences += u64::from(matches!(event, Event::Diverged { .. }));
         self.warnings_total += 1;
         let warning = WarningView { unix_ms, message: clipped(&message), hint: hint.as_deref().map(clipped) };
         push_bounded(&mut self.warnings, warning, WARNINGS_MAX);
@@ -470,19 +517,22 @@ impl RunView {
         if self.sites.is_empty() {
             return Vec::new();
         }
-        let row = |cells: [&str; 8]| {
-            let [site, name, state, speed, share, sent, loss, hash] = cells;
-            format!("{site:>4}  {name:<14} {state:<9} {speed:>9} {share:>6} {sent:>9} {loss:>8}  {hash:<12}")
+        // 80 columns with the hash.
+        let row = |cells: [&str; 9]| {
+            let [site, name, state, speed, share, idle, sent, loss, hash] = cells;
+            format!("{site:>4} {name:<12} {state:<8} {speed:>8} {share:>6} {idle:>6} {sent:>8} {loss:>7}  {hash:<12}")
         };
-        let mut lines = vec![row(["site", "name", "state", "tokens/s", "share", "sent", "loss", "hash"])];
+        let mut lines = vec![row(["site", "name", "state", "tokens/s", "share", "idle", "sent", "loss", "hash"])];
+        let percent = |part: f64| format!("{:.1}%", part * 100.0);
         for site in self.sites.values() {
             let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
             lines.push(row([
                 &site.site.to_string(),
-                &site.name.chars().take(14).collect::<String>(),
+                &site.name.chars().take(12).collect::<String>(),
                 state_word(site.state),
                 &or_dash(site.tokens_per_second.map(counted)),
-                &or_dash(site.share.map(|share| format!("{:.1}%", share * 100.0))),
+                &or_dash(site.share.map(percent)),
+                &or_dash(site.idle_fraction().map(percent)),
                 &format!("{}B", counted(site.bytes_sent as f64)),
                 &or_dash(site.loss_nats.map(|loss| format!("{loss:.4}"))),
                 &or_dash(site.state_hash.map(|hash| hash.short())),
