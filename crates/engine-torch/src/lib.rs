@@ -1,0 +1,34 @@
+//! The PyTorch engine: whatever device PyTorch drives, behind the same [`engine::Engine`] as the native one.
+//!
+//! [`TorchEngine`] starts a Python interpreter beside the agent and talks to it over a Unix socket: JSON objects say what
+//! to do, tensors lie in a file in shared memory that both sides have open. The Python package is part of this binary
+//! and unpacked at start, so an installed PyTorch is all that a site needs.
+//!
+//! `options` is what a user chooses; `package` the embedded Python; `process` starts, watches and ends the interpreter
+//! through a `leash` and keeps the end of what it says (`tail`); `protocol` is the frames and their JSON; `arena` the
+//! shared memory; `places` the two orders of the parameters; `engine` puts them together.
+//!
+//! What comes out of the other process is treated as input, not as truth: every length, count and number is checked
+//! before it is used. There is no `unsafe` code: the shared file is read and written by position, not mapped, so a
+//! file that the other side cut short is an error and not a crash.
+
+#[cfg(target_endian = "big")]
+compile_error!("tensors are exchanged as little-endian f32: a big-endian host would have to swap them");
+
+mod arena;
+mod describe;
+mod devices;
+mod engine;
+mod leash;
+mod options;
+mod package;
+mod places;
+mod process;
+mod protocol;
+mod tail;
+
+pub use crate::describe::{DescribedModel, describe_model};
+pub use crate::devices::{devices, measured_devices};
+pub use crate::engine::TorchEngine;
+pub use crate::options::{Compile, ModelDescription, Start, TorchOptions};
+pub use crate::process::TorchProcess;
