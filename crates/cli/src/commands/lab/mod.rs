@@ -3,17 +3,22 @@
 //! It makes a run, measures each site alone, then starts one coordinator and N sites as processes of this very binary that
 //! talk over real sockets, watches the coordinator's event log, and reports. Sites are made unequal by an artificial delay
 //! (site i takes 2^i times as long for a step), so that together they ask for less than the machine has: what they lose by
-//! working together then is due to Beringia, not to a lack of cores.
+//! working together then is due to Beringia, not to a lack of cores. With `--site`, each site has the engine that is named, at
+//! the speed that it has.
 
+mod report;
+mod spec;
+
+use self::report::{Report, TrainingSpan};
+use self::spec::SiteSpec;
 use crate::commands::init::{InitOptions, Size, create};
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::run_file;
 use crate::watch::Watch;
+use base::RunConfig;
 use base::layout::{EVENTS_FILE, RUN_FILE};
-use base::{ContentHash, RunConfig};
 use data::{Corpus, TokenizerSource};
-use serde::Serialize;
 use site::RunFolder;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -42,9 +47,12 @@ const SILENCE_MAX: Duration = Duration::from_secs(180);
 /// Train over several sites on this machine: real processes, real sockets, real text
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Number of sites.
+    /// Number of sites, all of the native CPU engine.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=i64::from(SITES_MAX)))]
     sites: u32,
+    /// A site of another engine, as in `--site wgpu` or `--site torch:cpu,threads=1,cores=1`; one for each site.
+    #[arg(long = "site", value_name = "ENGINE[,KEY=VALUE]", conflicts_with = "sites")]
+    engines: Vec<SiteSpec>,
     /// Training time.
     #[arg(long, value_name = "M", default_value_t = 2.5)]
     minutes: f64,
@@ -62,44 +70,6 @@ pub(crate) struct Args {
     measure_seconds: f64,
 }
 
-/// One site of the report.
-#[derive(Debug, Clone, Serialize)]
-struct SiteReport {
-    name: String,
-    engine: String,
-    threads: u64,
-    slowdown: f64,
-    /// Tokens committed over the time of training.
-    tokens_per_second: f64,
-    /// The same site alone.
-    tokens_per_second_alone: f64,
-    /// Part of all committed tokens.
-    share: f64,
-    bytes_sent: u64,
-    /// Tokens a second together over alone.
-    utilisation: f64,
-    hash: Option<ContentHash>,
-}
-
-/// The report; `--json` prints it as it is.
-#[derive(Debug, Clone, Serialize)]
-struct Report {
-    sites: Vec<SiteReport>,
-    rounds: u64,
-    tokens: u64,
-    seconds: f64,
-    tokens_per_second: f64,
-    utilisation: f64,
-    identical: bool,
-    state_hash: Option<ContentHash>,
-    validation_bits_per_byte_start: Option<f64>,
-    validation_bits_per_byte_end: Option<f64>,
-    bigram_bits_per_byte: Option<f64>,
-    ledger: telemetry::LedgerCounts,
-    folder: PathBuf,
-    verdict: String,
-}
-
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let lab = Lab::new(&args)?;
@@ -108,14 +78,17 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let config = lab.plan(config, &args, &before)?;
     output.line(format_args!(
         "training   {} steps of {} samples in rounds of {}, on {} sites",
-        config.train.steps, config.train.batch_samples, config.sync.inner_steps, args.sites
+        config.train.steps,
+        config.train.batch_samples,
+        config.sync.inner_steps,
+        lab.sites.len()
     ));
     let watched = lab.train(&config, output)?;
     let after = lab.measure_alone(&config, output)?;
     let alone: Vec<f64> = before.iter().zip(after).map(|(before, after)| (before + after) / 2.0).collect();
     let report = lab.report(&watched, &alone);
     output.object(&report);
-    print(&report, output);
+    report.print(output);
     if report.identical { Ok(()) } else { Err(Failure::new(report.verdict, "keep the folder and report it as a bug")) }
 }
 
@@ -124,12 +97,8 @@ struct Lab {
     measure_seconds: f64,
     binary: PathBuf,
     sites: Vec<SiteSpec>,
-}
-
-struct SiteSpec {
-    name: String,
+    /// Of a site that does not say how many.
     threads: usize,
-    slowdown: f64,
 }
 
 /// What was seen while training.
@@ -221,12 +190,9 @@ impl Lab {
             None => free_folder(),
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let sites = (0..args.sites).map(|index| SiteSpec {
-            name: format!("site-{}", char::from(b'a' + index as u8)),
-            threads: (cores / 2).max(1),
-            slowdown: f64::from(1u32 << index.min(10)),
-        });
-        Ok(Self { folder, measure_seconds: args.measure_seconds, binary, sites: sites.collect() })
+        let threads = (cores / 2).max(1);
+        let sites = name_sites(args)?;
+        Ok(Self { folder, measure_seconds: args.measure_seconds, binary, sites, threads })
     }
 
     fn run_folder(&self) -> PathBuf {
@@ -246,7 +212,7 @@ impl Lab {
             Some(folder) => Corpus::folder(folder)?,
             None => Corpus::cargo_sources(CARGO_SOURCES_BYTES)?,
         };
-        let (root, sites) = (corpus.root().display().to_string(), args.sites);
+        let (root, sites) = (corpus.root().display().to_string(), self.sites.len() as u32);
         output.line(format_args!(
             "data       {} MB in {} files of {root}",
             corpus.file_bytes() / 1_000_000,
@@ -262,8 +228,13 @@ impl Lab {
         Ok(config)
     }
 
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(&self.binary);
+    fn threads(&self, site: &SiteSpec) -> usize {
+        site.threads.unwrap_or(self.threads)
+    }
+
+    /// This program as a process of `site`.
+    fn site_command(&self, site: &SiteSpec, words: &[&str]) -> Command {
+        let mut command = site.command(&self.binary, self.threads(site));
         command.args(words);
         command
     }
@@ -275,17 +246,19 @@ impl Lab {
         let total: f64 = weights.iter().sum();
         for (site, weight) in self.sites.iter().zip(&weights) {
             let samples = (config.train.batch_samples as f64 * weight / total).round().max(1.0);
-            let mut command = self.command(&["--json", "measure"]);
-            command.arg(self.run_folder()).args(["--threads", &site.threads.to_string()]);
+            let mut command = self.site_command(site, &["--json", "measure"]);
+            command.arg(self.run_folder()).args(site.engine_arguments(self.threads(site)));
             command.args(["--samples", &samples.to_string(), "--seconds", &self.measure_seconds.to_string()]);
-            command.args(["--slowdown", &site.slowdown.to_string()]);
             let (name, log) = (format!("measure-{}", site.name), self.log(&format!("measure-{}", site.name)));
             let object = Process::start(&name, &mut command, &log)?.object(&log)?;
             let speed = object["tokens_per_second"].as_f64().unwrap_or_default();
-            let SiteSpec { name, threads, slowdown } = site;
-            output.line(format_args!(
-                "alone      {name}: {speed:.0} tokens/s (flex, {threads} thread(s), steps take {slowdown} times as long)"
-            ));
+            let SiteSpec { name, engine, slowdown, .. } = site;
+            let delay = match *slowdown > 1.0 {
+                true => format!(", steps take {slowdown} times as long"),
+                false => String::new(),
+            };
+            let threads = self.threads(site);
+            output.line(format_args!("alone      {name}: {speed:.0} tokens/s ({engine}, {threads} thread(s){delay})"));
             speeds.push(speed);
         }
         Ok(speeds)
@@ -311,17 +284,17 @@ impl Lab {
 
     /// Starts everybody, watches until the coordinator ends, and collects what the sites say at their end.
     fn train(&self, config: &RunConfig, output: &Output) -> Result<Watched, Failure> {
-        let mut serve = self.command(&["serve"]);
-        serve.arg(self.run_folder()).args(["--listen", "127.0.0.1:0"]);
+        let mut serve = Command::new(&self.binary);
+        serve.arg("serve").arg(self.run_folder()).args(["--listen", "127.0.0.1:0"]);
         let log = self.log("coordinator");
         let mut coordinator = Process::start("the coordinator", &mut serve, &log)?;
         let invite = read_invite(&mut coordinator, &log)?;
         let mut watched = Watched::new(&self.run_folder().join(EVENTS_FILE), config, output);
         let mut sites = Vec::new();
         for site in &self.sites {
-            let mut join = self.command(&["--json", "join", &invite, "--name", &site.name]);
+            let mut join = self.site_command(site, &["--json", "join", &invite, "--name", &site.name]);
             join.arg("--folder").arg(self.site_folder(site)).args(["--listen", "127.0.0.1:0"]);
-            join.args(["--threads", &site.threads.to_string(), "--slowdown", &site.slowdown.to_string()]);
+            join.args(site.engine_arguments(self.threads(site)));
             join.args(["--measure-seconds", &(self.measure_seconds / 2.0).to_string()]);
             sites.push(Process::start(&site.name, &mut join, &self.log(&site.name))?);
             // One after the other: each measures its speed on a quiet machine.
@@ -366,50 +339,8 @@ impl Lab {
     }
 
     fn report(&self, watched: &Watched, alone: &[f64]) -> Report {
-        let view = watched.watch.view();
         let span = TrainingSpan::of(&watched.records);
-        let tokens: u64 = span.tokens.iter().sum();
-        let seconds = span.seconds.max(1e-9);
-        let mut sites = Vec::new();
-        for (index, (site, outcome)) in self.sites.iter().zip(&watched.outcomes).enumerate() {
-            let id = outcome["site"].as_u64().unwrap_or(index as u64) as usize;
-            let site_tokens = span.tokens.get(id).copied().unwrap_or_default();
-            let tokens_per_second = site_tokens as f64 / seconds;
-            sites.push(SiteReport {
-                name: site.name.clone(),
-                engine: "flex".to_owned(),
-                threads: site.threads as u64,
-                slowdown: site.slowdown,
-                tokens_per_second,
-                tokens_per_second_alone: alone[index],
-                share: site_tokens as f64 / tokens.max(1) as f64,
-                bytes_sent: outcome["bytes_sent"].as_u64().unwrap_or_default(),
-                utilisation: tokens_per_second / alone[index],
-                hash: outcome["state_hash"].as_str().and_then(|text| text.parse().ok()),
-            });
-        }
-        let first = sites.first().and_then(|site| site.hash);
-        let identical = first.is_some() && sites.iter().all(|site| site.hash == first);
-        let validation = view.validation.as_ref();
-        let tokens_per_second = tokens as f64 / seconds;
-        let mut report = Report {
-            sites,
-            rounds: view.round.0,
-            tokens,
-            seconds: span.seconds,
-            tokens_per_second,
-            utilisation: tokens_per_second / alone.iter().sum::<f64>(),
-            identical,
-            state_hash: view.state_hash,
-            validation_bits_per_byte_start: validation.map(|validation| validation.bits_per_byte_start),
-            validation_bits_per_byte_end: validation.map(|validation| validation.bits_per_byte),
-            bigram_bits_per_byte: validation.map(|validation| validation.bigram_bits_per_byte),
-            ledger: view.ledger,
-            folder: self.folder.clone(),
-            verdict: String::new(),
-        };
-        report.verdict = verdict(&report);
-        report
+        Report::new(self, watched, &span, alone)
     }
 }
 
@@ -433,6 +364,23 @@ fn configure(config: &mut RunConfig, sites: u32) {
     config.evaluate.sample_tokens = 40;
 }
 
+/// The sites that are asked for, named by letters.
+fn name_sites(args: &Args) -> Result<Vec<SiteSpec>, Failure> {
+    let mut sites = match args.engines.is_empty() {
+        // Site i takes 2^i times as long for a step.
+        true => (0..args.sites).map(|index| SiteSpec::flex(f64::from(1u32 << index.min(10)))).collect(),
+        false => args.engines.clone(),
+    };
+    if sites.len() > SITES_MAX as usize {
+        return Err(Failure::new(format!("{} sites, at most {SITES_MAX} fit a lab", sites.len()), "name fewer --site"));
+    }
+    for (site, letter) in sites.iter_mut().zip('a'..) {
+        site.name = format!("site-{letter}");
+        site.check()?;
+    }
+    Ok(sites)
+}
+
 /// The first of `lab/001`, `lab/002`, ... that does not exist.
 fn free_folder() -> PathBuf {
     let folders = (1u32..).map(|number| PathBuf::from(format!("lab/{number:03}")));
@@ -452,82 +400,4 @@ fn read_invite(coordinator: &mut Process, log: &Path) -> Result<String, Failure>
             return Ok(invite.to_owned());
         }
     }
-}
-
-/// The time from the first lease to the last commit, and each site's committed tokens in it.
-struct TrainingSpan {
-    seconds: f64,
-    tokens: Vec<u64>,
-}
-
-impl TrainingSpan {
-    fn of(records: &[Record]) -> Self {
-        let mut span = Self { seconds: 0.0, tokens: Vec::new() };
-        let mut began = None;
-        for record in records {
-            match &record.event {
-                Event::RoundStarted { .. } => {
-                    began.get_or_insert(record.unix_ms);
-                }
-                Event::RoundCommitted { contributors, .. } => {
-                    span.seconds = began.map_or(0.0, |began| record.unix_ms.saturating_sub(began) as f64 / 1e3);
-                    for contributor in contributors {
-                        let index = contributor.site.0 as usize;
-                        span.tokens.resize(span.tokens.len().max(index + 1), 0);
-                        span.tokens[index] += contributor.tokens;
-                    }
-                }
-                _ => {}
-            }
-        }
-        span
-    }
-}
-
-/// The result in words.
-fn verdict(report: &Report) -> String {
-    let sites = report.sites.len();
-    if !report.identical {
-        return format!("NOT IDENTICAL: the {sites} sites do not end with the same model");
-    }
-    let learned = match (report.validation_bits_per_byte_end, report.bigram_bits_per_byte) {
-        (Some(model), Some(bigram)) if model < bigram => {
-            format!("{:.1} % under a bigram model", 100.0 * (1.0 - model / bigram))
-        }
-        (Some(_), Some(_)) => "not yet better than a bigram model: give it more --minutes".to_owned(),
-        _ => "not validated".to_owned(),
-    };
-    format!(
-        "one model, bit for bit the same on {sites} site(s) after {} rounds; {learned}; {:.0} % of what the sites do alone",
-        report.rounds,
-        100.0 * report.utilisation
-    )
-}
-
-fn print(report: &Report, output: &Output) {
-    output.line("");
-    output.line("site     tokens/s   alone  share  of alone     sent  state");
-    for site in &report.sites {
-        output.line(format_args!(
-            "{:<8} {:>8.0} {:>7.0} {:>5.1}% {:>8.1}% {:>6.1}MB  {}",
-            site.name,
-            site.tokens_per_second,
-            site.tokens_per_second_alone,
-            100.0 * site.share,
-            100.0 * site.utilisation,
-            site.bytes_sent as f64 / 1e6,
-            site.hash.map_or_else(|| "-".to_owned(), |hash| hash.short())
-        ));
-    }
-    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
-    output.line(format_args!(
-        "validation {} bits/byte at the start, {} at the end, a bigram model has {}",
-        number(report.validation_bits_per_byte_start),
-        number(report.validation_bits_per_byte_end),
-        number(report.bigram_bits_per_byte)
-    ));
-    let telemetry::LedgerCounts { leased, committed, returned, lost } = report.ledger;
-    output.line(format_args!("samples    leased {leased}, committed {committed}, returned {returned}, lost {lost}"));
-    output.line(format_args!("try        beringia sample {}/site-a \"fn main\"", report.folder.display()));
-    output.line(&report.verdict);
 }
