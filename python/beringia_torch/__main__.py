@@ -68,9 +68,10 @@ def _run(arguments: argparse.Namespace, connection: socket.socket | None) -> int
             print("torch.compile is off with several ranks", file=sys.stderr)
         handler = server.Handler(device, group, precision, compiled and group.size == 1)
         if connection is None:
-            return server.follow(handler, group)
-        write_frame(connection, server.hello())
-        status = server.serve(connection, handler, group)
+            status = server.follow(handler, group)
+        else:
+            write_frame(connection, server.hello())
+            status = server.serve(connection, handler, group)
     except ConnectionEnded:
         return 0
     except EngineError as error:

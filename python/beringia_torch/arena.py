@@ -26,7 +26,7 @@ class Arena:
         if sys.byteorder != "little":
             raise request_error("numbers in the arena are little-endian, and so must this machine be")
         try:
-            descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+            descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
             raise request_error(f"the arena cannot be opened: {error}") from None
         try:

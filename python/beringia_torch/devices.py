@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .errors import EngineError
+from .errors import EngineError, first_line
 
 #: The oldest torch that has `torch.accelerator`, `get_total_norm`, and FSDP2 under its public name.
 TORCH_MINIMUM = (2, 6)
@@ -185,7 +185,7 @@ def open_device(text: str, importer: Callable[[str], ModuleType] = importlib.imp
         torch_device = torch.device(type_name, int(index_text)) if index_text else torch.device(type_name)
         module = torch.get_device_module(torch_device)
     except (RuntimeError, AttributeError) as error:
-        reason = f"torch {torch.__version__} does not know it ({_first_line(error)}); {seen()}"
+        reason = f"torch {torch.__version__} does not know it ({first_line(error)}); {seen()}"
         raise EngineError("device", text, reason) from None
     return _opened(text, torch_device, module)
 
@@ -201,7 +201,7 @@ def _import_plug_in(text: str, kind: Kind, importer: Callable[[str], ModuleType]
             reason = f"{kind.plug_in} is installed, but needs the module {error.name}"
         raise EngineError("missing", kind.plug_in, reason, install=kind.install) from None
     except Exception as error:  # noqa: BLE001 - a plug-in without its driver raises whatever its loader does
-        reason = f"{kind.plug_in} is installed, but cannot be loaded: {_first_line(error)}"
+        reason = f"{kind.plug_in} is installed, but cannot be loaded: {first_line(error)}"
         raise EngineError("device", text, reason) from None
 
 
@@ -249,7 +249,7 @@ def import_installed_plug_ins() -> None:
             except ModuleNotFoundError:
                 continue
             except Exception as error:  # noqa: BLE001 - see `_import_plug_in`
-                print(f"{kind.plug_in} cannot be loaded: {_first_line(error)}", file=sys.stderr)
+                print(f"{kind.plug_in} cannot be loaded: {first_line(error)}", file=sys.stderr)
 
 
 def choose_precision(choice: str, device: Device) -> str:
@@ -285,7 +285,3 @@ def host_memory_bytes() -> int | None:
     except OSError:
         return machine
     return min(machine, int(limit)) if limit.isdigit() else machine
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

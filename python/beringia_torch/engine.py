@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .devices import Device
 from .distributed import Group
-from .errors import EngineError, check_finite, is_out_of_memory, shape_error
+from .errors import EngineError, check_finite, first_line, is_out_of_memory, shape_error
 from .model import CausalModel
 from .optimizer import Optimizer, TrainSettings, clip_scale
 from .parameters import FlatLayout, Range, local
@@ -206,7 +206,7 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - compilers fail in any way they like
                 if is_out_of_memory(error):
                     raise
-                failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+                failure = first_line(error)
         if failure is not None:
             print(f"torch.compile failed, going on without it: {failure}", file=sys.stderr, flush=True)
             self.compiled, self._forward = False, self._loss_sum

@@ -49,3 +49,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in short: torch's texts go on over many lines."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,8 +1,8 @@
 """Causal language models: tokens to logits.
 
 Llama is written here in plain torch, with the parameter names and the arithmetic of `transformers.LlamaForCausalLM`: a
-block is `x + O·attention(rope(Q·norm(x)), rope(K·norm(x)), V·norm(x))`, then `x + D·(silu(G·norm(x)) ⊙ U·norm(x))`. Every
-other family comes from `transformers`, which is imported only then.
+block is `x + O·attention(rope(Q·norm(x)), rope(K·norm(x)), V·norm(x))`, then `x + D·(silu(G·norm(x)) ⊙ U·norm(x))`.
+Every other family comes from `transformers`, which is imported only then.
 
 Shape suffixes: b samples, t positions, h hidden, a query heads, g key and value heads, d head size, v vocabulary.
 """
@@ -130,7 +130,7 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
         "linear": ["factor"],
         "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
     }
-    if rope_type not in wanted:
+    if not isinstance(rope_type, str) or rope_type not in wanted:
         raise shape_error("config.json", f"rope_type {str(rope_type)[:40]!r} is not one of {', '.join(wanted)}")
     for key in wanted[rope_type]:
         if key not in found:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .errors import EngineError, request_error, shape_error
+from .errors import first_line, request_error, shape_error
 from .model import rotate
 
 RMS_NORM_EPSILON = 1e-5
@@ -85,6 +85,4 @@ def compute(name: str, inputs: list[torch.Tensor], device: torch.device) -> torc
             return operation(*(tensor.to(device) for tensor in inputs)).float().cpu().flatten()
     except (RuntimeError, ValueError, IndexError) as error:
         shapes = [list(tensor.shape) for tensor in inputs]
-        if isinstance(error, EngineError):
-            raise
-        raise shape_error("operation", f"{name} of {shapes}: {str(error).splitlines()[0]}") from None
+        raise shape_error("operation", f"{name} of {shapes}: {first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""The inner optimisers: `torch.optim.AdamW` and plain SGD, after global-norm clipping.
+"""The inner optimisers: AdamW as `torch.optim.AdamW` computes it, and plain SGD, after global-norm clipping.
 
 A step must happen whole or not at all, so it allocates nothing: moments exist before the gradient is computed, and one
 scratch tensor serves all parameters where the device has no fused AdamW. For step t from 1 (Loshchilov and Hutter 2019,
@@ -8,6 +8,8 @@ algorithm 2):
     m ← m + (g − m)·(1 − β1)
     v ← v·β2 + g²·(1 − β2)
     p ← p − η/(1 − β1^t) · m / (√v / √(1 − β2^t) + ε)
+
+The fused kernel is called by itself: `torch.optim` imports the compiler first, which takes seconds at every start.
 """
 
 from __future__ import annotations
@@ -67,10 +69,11 @@ class Optimizer:
 
     def __init__(self, settings: TrainSettings, parameters: Sequence[torch.Tensor]) -> None:
         self._settings = settings
-        # Leaves of their own that share the parameters' memory: sharded or not, they are plain tensors.
+        # Sharded or not, these are plain tensors that share the parameters' memory.
         self._parameters = [local(parameter.detach()) for parameter in parameters]
         self._decayed = [parameter.ndim > 1 for parameter in parameters]
-        self._fused: torch.optim.AdamW | None = None
+        #: Steps taken, where the fused kernel reads it; None without that kernel.
+        self._fused_step_count: torch.Tensor | None = None
         self._scratch: torch.Tensor | None = None
         self.first_moments: list[torch.Tensor] = []
         self.second_moments: list[torch.Tensor] = []
@@ -85,19 +88,19 @@ class Optimizer:
         first = [torch.zeros_like(parameter) for parameter in self._parameters]
         second = [torch.zeros_like(parameter) for parameter in self._parameters]
         device = self._parameters[0].device
-        fused = self._fused_adamw(first, second) if fused_adamw_works(device) else None
-        if fused is None:
-            largest = max(parameter.numel() for parameter in self._parameters)
-            self._scratch = torch.empty(largest, device=device)
-        self._fused, self.first_moments, self.second_moments = fused, first, second
+        if fused_adamw_works(device):
+            self._fused_step_count = torch.zeros((), device=device)
+        else:
+            self._scratch = torch.empty(max(parameter.numel() for parameter in self._parameters), device=device)
+        self.first_moments, self.second_moments = first, second
 
+    @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor], learning_rate: float) -> None:
         """One step on gradients that are already clipped."""
         if self._settings.optimizer == "sgd":
-            with torch.no_grad():
-                for parameter, gradient in zip(self._parameters, gradients):
-                    parameter.add_(gradient, alpha=-learning_rate)
-        elif self._fused is not None:
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.add_(gradient, alpha=-learning_rate)
+        elif self._fused_step_count is not None:
             self._fused_step(gradients, learning_rate)
         else:
             self._plain_step(gradients, learning_rate)
@@ -111,43 +114,27 @@ class Optimizer:
         if not has_moments:
             for moment in [*self.first_moments, *self.second_moments]:
                 moment.zero_()
-        if self._fused is not None:
-            for state in self._fused.state.values():
-                state["step"].fill_(steps)
-
-    def _fused_adamw(self, first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.optim.AdamW:
-        def chosen(decayed: bool) -> list[torch.Tensor]:
-            return [tensor for tensor, is_decayed in zip(self._parameters, self._decayed) if is_decayed == decayed]
-
-        settings = self._settings
-        groups = [
-            {"params": chosen(True), "weight_decay": settings.weight_decay},
-            {"params": chosen(False), "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True)
-        for parameter, exp_avg, exp_avg_sq in zip(self._parameters, first, second):
-            step = torch.full((), float(self.steps), dtype=torch.float32, device=parameter.device)
-            optimizer.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        return optimizer
 
     def _fused_step(self, gradients: Sequence[torch.Tensor], learning_rate: float) -> None:
-        assert self._fused is not None
-        for group in self._fused.param_groups:
-            group["lr"] = learning_rate
-        for parameter, gradient in zip(self._parameters, gradients):
-            parameter.grad = gradient
-        self._fused.step()
-        self._fused.zero_grad(set_to_none=True)
+        assert self._fused_step_count is not None
+        settings = self._settings
+        self._fused_step_count.fill_(self.steps + 1)
+        rows = list(zip(self._parameters, gradients, self.first_moments, self.second_moments, strict=True))
+        for decayed in (True, False):
+            # A rank's part of a short tensor may be empty, which kernels need not expect.
+            chosen = [row for row, flag in zip(rows, self._decayed, strict=True) if flag == decayed and row[0].numel()]
+            if chosen:
+                weight_decay = settings.weight_decay if decayed else 0.0
+                fused_adamw(chosen, self._fused_step_count, settings, learning_rate, weight_decay)
 
-    @torch.no_grad()
     def _plain_step(self, gradients: Sequence[torch.Tensor], learning_rate: float) -> None:
         assert self._scratch is not None
         settings, step = self._settings, self.steps + 1
         step_size = learning_rate / (1 - settings.beta1**step)
         correction = math.sqrt(1 - settings.beta2**step)
         moments = zip(self.first_moments, self.second_moments)
-        for parameter, gradient, decayed, (first, second) in zip(self._parameters, gradients, self._decayed, moments):
+        rows = zip(self._parameters, gradients, self._decayed, moments, strict=True)
+        for parameter, gradient, decayed, (first, second) in rows:
             if decayed:
                 parameter.mul_(1 - learning_rate * settings.weight_decay)
             first.lerp_(gradient, 1 - settings.beta1)
@@ -158,16 +145,42 @@ class Optimizer:
             parameter.addcdiv_(first, denominator, value=-step_size)
 
 
+Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def fused_adamw(
+    rows: Sequence[Row], step: torch.Tensor, settings: TrainSettings, learning_rate: float, weight_decay: float
+) -> None:
+    """One kernel over rows of (parameter, gradient, first moment, second moment); `step` counts from 1."""
+    parameters, gradients, first, second = (list(column) for column in zip(*rows, strict=True))
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        first,
+        second,
+        [],
+        [step] * len(parameters),
+        lr=learning_rate,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        weight_decay=weight_decay,
+        eps=settings.epsilon,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
 def fused_adamw_works(device: torch.device) -> bool:
     """Whether the device has a fused AdamW that computes what it should: one step, tried on four numbers."""
-    start = [0.5, -1.0, 2.0, 0.0]
+    start, gradient, signs = [0.5, -1.0, 2.0, 0.0], [1.0, -2.0, 0.5, 0.25], [1, -1, 1, 1]
+    settings = TrainSettings("adamw", 0.9, 0.95, 1e-12, 0.5, 0.0, 1)
     try:
-        parameter = torch.tensor(start, device=device, requires_grad=True)
-        parameter.grad = torch.tensor([1.0, -2.0, 0.5, 0.25], device=device)
-        torch.optim.AdamW([parameter], lr=0.1, eps=0.0, weight_decay=0.0, fused=True).step()
-        # The first step is η times the gradient's sign.
-        expected = [value - 0.1 * sign for value, sign in zip(start, [1, -1, 1, 1])]
-        return all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(parameter.detach().tolist(), expected))
+        parameter, slope = torch.tensor(start, device=device), torch.tensor(gradient, device=device)
+        row = (parameter, slope, torch.zeros_like(slope), torch.zeros_like(slope))
+        fused_adamw([row], torch.ones((), device=device), settings, 0.1, settings.weight_decay)
+        # The first step is η times the gradient's sign, after a decay by η·λ.
+        expected = [value * (1 - 0.1 * 0.5) - 0.1 * sign for value, sign in zip(start, signs, strict=True)]
+        return all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(parameter.tolist(), expected, strict=True))
     except Exception as error:  # noqa: BLE001 - a plug-in says no in its own words
         if is_out_of_memory(error):
             raise

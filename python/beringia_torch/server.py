@@ -22,17 +22,10 @@ from .arena import Arena
 from .devices import Device
 from .distributed import Group
 from .engine import Engine, StepReport
-from .errors import EngineError, is_out_of_memory, request_error, shape_error
+from .errors import EngineError, check_finite, first_line, is_out_of_memory, request_error, shape_error
 from .measure import measure
 from .optimizer import TrainSettings
-from .protocol import (
-    ConnectionEnded,
-    FrameTooLong,
-    Request,
-    parse_request,
-    read_frame,
-    write_frame,
-)
+from .protocol import ConnectionEnded, FrameTooLong, Request, parse_request, read_frame, write_frame
 
 #: Longest measurement an agent may ask for: it answers nothing else meanwhile.
 MEASURE_SECONDS_MAX = 60.0
@@ -90,7 +83,7 @@ class Handler:
         return answer, fit
 
     def _unexpected(self, error: Exception) -> EngineError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if is_out_of_memory(error):
             return EngineError("out_of_memory", self._device.text, reason)
         traceback.print_exception(error, file=sys.stderr)
@@ -113,8 +106,6 @@ class Handler:
         return {}
 
     def _init(self, request: Request) -> Answer:
-        if self._engine is not None:
-            raise request_error("there is a model already")
         settings = TrainSettings.parse(request.object("train"))
         built = model.build(request.object("model"), request.optional_integer("seed", 0, 2**63 - 1))
         self._engine = Engine(
@@ -155,8 +146,7 @@ class Handler:
     def _evaluate(self, request: Request) -> Answer:
         tokens = self._batch(request)
         nats = self._ready.evaluate(tokens)
-        if not abs(nats) < float("inf"):
-            raise EngineError("not_finite", "loss", "the loss of an evaluation is not finite", value=_named(nats))
+        check_finite("loss", nats)
         return {"nats": nats, "tokens": tokens.shape[0] * (tokens.shape[1] - 1)}
 
     def _logits(self, request: Request) -> Answer:
@@ -223,10 +213,6 @@ class Handler:
         return {}
 
 
-def _named(value: float) -> str:
-    return "NaN" if value != value else ("inf" if value > 0 else "-inf")
-
-
 def hello() -> Answer:
     """What this side is, before anything is asked."""
     return {
@@ -239,37 +225,44 @@ def hello() -> Answer:
     }
 
 
-_CLOSE_FRAME = b'{"op":"close"}'
-
-
 def serve(connection: socket.socket, handler: Handler, group: Group) -> int:
     """Rank 0: answers requests until the connection ends or closes; gives the exit status."""
     watcher = Watcher(connection, exit_status=0 if group.size == 1 else 1)
     try:
         while not handler.closed:
-            watcher.busy = False
             frame = read_frame(connection)
             watcher.busy = True
             answer, fit = handler.handle(group.share_request(frame))
             if fit and not group.all_well(fit):
                 answer, fit = {"error": EngineError("internal", "rank", "another rank failed").as_json()}, False
+            watcher.busy = False
             write_frame(connection, answer)
             if not fit:
                 return 1
     except ConnectionEnded:
-        group.share_request(_CLOSE_FRAME)
+        _dismiss(group)
     except FrameTooLong as error:
+        _dismiss(group)
         write_frame(connection, {"error": request_error(str(error)).as_json()})
-        group.share_request(_CLOSE_FRAME)
         return 1
     return 0
+
+
+def _dismiss(group: Group) -> None:
+    """Sends the other ranks home."""
+    group.share_request(b'{"op":"close"}')
+    group.all_well(True)
 
 
 def follow(handler: Handler, group: Group) -> int:
     """Other ranks: do what rank 0 does, and say nothing."""
     while not handler.closed:
-        _, fit = handler.handle(group.share_request(None))
-        if not fit or not group.all_well(fit):
+        try:
+            _, fit = handler.handle(group.share_request(None))
+            if not fit or not group.all_well(fit):
+                return 1
+        except RuntimeError as error:
+            print(f"rank {group.rank}: another rank is gone: {first_line(error)}", file=sys.stderr)
             return 1
     return 0
 

@@ -176,6 +176,8 @@ class Agent:
     def view(self, offset: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A place of the arena."""
         assert self._arena is not None
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._arena, dtype=dtype, count=count, offset=offset)
 
     def put_tokens(self, tokens: torch.Tensor) -> dict[str, int]:
