@@ -42,7 +42,8 @@ impl Arena {
             .max(1)
             .checked_next_multiple_of(GRANULE_BYTES)
             .ok_or_else(|| io::Error::other(format!("{bytes} bytes are more than any file holds")))?;
-        Self::create_in(Path::new(SHARED_MEMORY_FOLDER), bytes).or_else(|_| Self::create_in(&std::env::temp_dir(), bytes))
+        Self::create_in(Path::new(SHARED_MEMORY_FOLDER), bytes)
+            .or_else(|_| Self::create_in(&std::env::temp_dir(), bytes))
     }
 
     fn create_in(folder: &Path, bytes: u64) -> io::Result<Self> {

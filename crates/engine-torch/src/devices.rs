@@ -1,9 +1,9 @@
 //! What PyTorch sees on this machine: a list that the package prints.
 
+use crate::leash::{Leash, describe_end};
 use crate::options::interpreter;
 use crate::package::{self, PACKAGE};
 use crate::process::{environment, spawn_error};
-use crate::leash::{Leash, describe_end};
 use crate::tail::{Tail, printable};
 use engine::{DeviceInfo, DeviceRates, DeviceReport, EngineError, Precision};
 use serde::Deserialize;
@@ -150,7 +150,8 @@ mod tests {
 
     #[test]
     fn a_list_is_read_and_made_printable() {
-        let text = br#"[{"device":"npu:1","name":"910B\u001b","maker":"Huawei","driver":"torch_npu 2.6","memory_bytes":64,
+        let text =
+            br#"[{"device":"npu:1","name":"910B\u001b","maker":"Huawei","driver":"torch_npu 2.6","memory_bytes":64,
             "threads":4,"bf16":true,"matrix_bf16_tflops":280.5,"unknown":1}]"#;
         let reports = parse(text).unwrap();
         assert_eq!(reports[0].info.engine, "torch:npu:1");

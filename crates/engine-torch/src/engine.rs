@@ -120,11 +120,7 @@ impl TorchEngine {
     }
 
     /// Shared memory, or what it means that there is none.
-    fn on_arena<T>(
-        &mut self,
-        layout: &Layout,
-        act: impl FnOnce(&Arena) -> io::Result<T>,
-    ) -> Result<T, EngineError> {
+    fn on_arena<T>(&mut self, layout: &Layout, act: impl FnOnce(&Arena) -> io::Result<T>) -> Result<T, EngineError> {
         on_arena(self.process()?, layout, act)
     }
 
@@ -280,8 +276,7 @@ impl Engine for TorchEngine {
         let (tokens, place) = (layout.place(batch.tokens.len()), layout.place(gradient.len()));
         self.on_arena(&layout, |arena| arena.write(tokens, &batch.tokens))?;
         let (samples, sequence_length) = (batch.samples, batch.sequence_length);
-        let step =
-            self.process()?.ask(&Request::Gradient { samples, sequence_length, tokens, gradient: place })?;
+        let step = self.process()?.ask(&Request::Gradient { samples, sequence_length, tokens, gradient: place })?;
         let report = self.check_step(&step, batch)?;
         let pieces = self.places.pieces(&whole);
         self.on_arena(&layout, |arena| read_pieces(arena, place, &pieces, gradient))?;

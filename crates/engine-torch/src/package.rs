@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use tempfile::TempDir;
 
@@ -10,12 +11,27 @@ pub(crate) const PACKAGE: &str = "beringia_torch";
 
 /// Every file of `python/beringia_torch`; a test compares the list with the folder.
 const FILES: &[(&str, &str)] = &[
+    ("__init__.py", include_str!("../../../python/beringia_torch/__init__.py")),
+    ("__main__.py", include_str!("../../../python/beringia_torch/__main__.py")),
+    ("arena.py", include_str!("../../../python/beringia_torch/arena.py")),
+    ("devices.py", include_str!("../../../python/beringia_torch/devices.py")),
+    ("distributed.py", include_str!("../../../python/beringia_torch/distributed.py")),
+    ("engine.py", include_str!("../../../python/beringia_torch/engine.py")),
+    ("errors.py", include_str!("../../../python/beringia_torch/errors.py")),
+    ("measure.py", include_str!("../../../python/beringia_torch/measure.py")),
+    ("model.py", include_str!("../../../python/beringia_torch/model.py")),
+    ("operations.py", include_str!("../../../python/beringia_torch/operations.py")),
+    ("optimizer.py", include_str!("../../../python/beringia_torch/optimizer.py")),
+    ("parameters.py", include_str!("../../../python/beringia_torch/parameters.py")),
+    ("protocol.py", include_str!("../../../python/beringia_torch/protocol.py")),
+    ("server.py", include_str!("../../../python/beringia_torch/server.py")),
 ];
 
 /// A folder of this engine alone, mode 0700, with the package in it. Removed when dropped.
 pub(crate) fn unpack() -> io::Result<TempDir> {
     // Short, because it holds a socket: its path may have 107 bytes on Linux, 103 on macOS.
-    let folder = tempfile::Builder::new().prefix("beringia-torch-").tempdir()?;
+    let owner_only = fs::Permissions::from_mode(0o700);
+    let folder = tempfile::Builder::new().prefix("beringia-torch-").permissions(owner_only).tempdir()?;
     write_package(folder.path())?;
     Ok(folder)
 }
@@ -30,7 +46,6 @@ fn write_package(folder: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
-    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn every_file_of_the_package_is_carried() {

@@ -197,7 +197,9 @@ impl TorchProcess {
         }
         match &self.arena {
             Some(arena) => Ok(arena),
-            None => Err(EngineError::Lost { device: self.engine.clone(), reason: "it has no shared memory".to_owned() }),
+            None => {
+                Err(EngineError::Lost { device: self.engine.clone(), reason: "it has no shared memory".to_owned() })
+            }
         }
     }
 

@@ -230,7 +230,8 @@ mod tests {
     fn requests_are_written_as_the_protocol_says() {
         let written = |request: &Request<'_>| serde_json::to_value(request).unwrap();
         let step = Request::InnerStep { samples: 2, sequence_length: 8, learning_rate: 0.5, tokens: 64 };
-        let expected = json!({ "op": "inner_step", "samples": 2, "sequence_length": 8, "learning_rate": 0.5, "tokens": 64 });
+        let expected =
+            json!({ "op": "inner_step", "samples": 2, "sequence_length": 8, "learning_rate": 0.5, "tokens": 64 });
         assert_eq!(written(&step), expected);
         assert_eq!(written(&Request::Close {}), json!({ "op": "close" }));
         let read = Request::Read { ranges: &[[0, 3], [5, 6]], values: 0 };
@@ -243,7 +244,8 @@ mod tests {
 
     #[test]
     fn each_kind_of_error_has_its_own() {
-        let error = |kind: &str| json!({ "error": { "kind": kind, "what": "batch", "reason": "why", "install": "pip" } });
+        let error =
+            |kind: &str| json!({ "error": { "kind": kind, "what": "batch", "reason": "why", "install": "pip" } });
         assert_eq!(refused(&error("shape")), r#"Shape { what: "batch", reason: "why" }"#);
         assert!(refused(&error("out_of_memory")).starts_with("OutOfMemory"));
         assert!(refused(&error("device")).starts_with("Device"));
@@ -256,7 +258,9 @@ mod tests {
     #[test]
     fn nonsense_is_named_and_does_not_reach_the_terminal() {
         assert!(refused(&json!({ "error": { "kind": "\u{1b}[2J" } })).contains("unknown kind ' [2J'"));
-        assert!(refused(&json!({ "error": { "kind": "not_finite", "what": "loss", "value": "3" } })).starts_with("broken"));
+        assert!(
+            refused(&json!({ "error": { "kind": "not_finite", "what": "loss", "value": "3" } })).starts_with("broken")
+        );
         assert!(refused(&json!({ "error": { "kind": "not_finite", "what": "mood" } })).starts_with("broken"));
         assert!(refused(&json!({ "error": "no object" })).starts_with("broken"));
         assert!(refused(&json!({})).starts_with("broken"));
