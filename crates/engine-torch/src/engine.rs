@@ -113,6 +113,12 @@ impl TorchEngine {
         self.process.as_ref().map_or("", TorchProcess::versions)
     }
 
+    /// Number of the Python process (that of `torchrun` where there are several ranks); `None` where somebody else started
+    /// it, and after its end was noticed.
+    pub fn process_id(&self) -> Option<u32> {
+        self.leash.process_id()
+    }
+
     fn process(&mut self) -> Result<&mut TorchProcess, EngineError> {
         let device = || self.options.engine_name();
         let lost = || EngineError::Lost { device: device(), reason: "it could not be started again".to_owned() };

@@ -62,6 +62,11 @@ impl Leash {
         self.lock().interrupted
     }
 
+    /// Number of the process, where it is ours and was not ended.
+    pub(crate) fn process_id(&self) -> Option<u32> {
+        self.lock().child.as_ref().map(Child::id)
+    }
+
     /// Also holds the connection, to break it: all that can be done about a process that somebody else started.
     pub(crate) fn hold_connection(&self, stream: UnixStream) {
         self.lock().stream = Some(stream);

@@ -22,7 +22,8 @@ pub(crate) struct Tail {
 #[derive(Default)]
 struct Kept {
     bytes: VecDeque<u8>,
-    closed: bool,
+    /// Whether there is a stream that may bring more.
+    open: bool,
 }
 
 impl Tail {
@@ -30,6 +31,7 @@ impl Tail {
     pub(crate) fn follow(mut stream: impl Read + Send + 'static) -> Self {
         let tail = Self::default();
         let kept = tail.clone();
+        kept.lock().open = true;
         thread::spawn(move || {
             let mut buffer = [0; TAIL_BYTES_MAX];
             while let Ok(length @ 1..) = stream.read(&mut buffer) {
@@ -52,7 +54,7 @@ impl Tail {
     }
 
     fn close(&self) {
-        self.lock().closed = true;
+        self.lock().open = false;
         self.shared.1.notify_all();
     }
 
@@ -60,7 +62,7 @@ impl Tail {
     pub(crate) fn lines(&self, wait: Duration) -> Vec<String> {
         let deadline = Instant::now() + wait;
         let mut kept = self.lock();
-        while let (false, Some(left)) = (kept.closed, deadline.checked_duration_since(Instant::now())) {
+        while let (true, Some(left)) = (kept.open, deadline.checked_duration_since(Instant::now())) {
             let waited = self.shared.1.wait_timeout(kept, left);
             kept = waited.unwrap_or_else(PoisonError::into_inner).0;
         }

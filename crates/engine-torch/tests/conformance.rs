@@ -2,12 +2,12 @@
 
 mod common;
 
-use common::{Pool, has_modules, options};
+use common::{Pool, has_module, options};
 use engine::{Engine, conformance, numerics};
 
 #[test]
 fn torch_on_the_cpu_conforms() {
-    if !has_modules("torch") {
+    if !has_module("torch") {
         return;
     }
     let pool = Pool::new(options());
