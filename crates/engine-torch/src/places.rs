@@ -129,7 +129,7 @@ mod tests {
     fn other_orders_are_cut_at_the_borders_of_parameters() {
         // On the other side: c at 0, a at 5, b at 11.
         let places = Places::new(&schema(), &named(&[("c", &[5]), ("a", &[2, 3]), ("b", &[4])])).unwrap();
-        let fragment = Fragment { index: 0, ranges: vec![5..12] };
+        let fragment = Fragment { index: 0, ranges: std::iter::once(5..12).collect() };
         // Ours 5 is a's last element, 10 there, which b (6..10, there 11..15) continues; then c begins.
         let expected = [Piece { theirs: 10..15, values: 0..5 }, Piece { theirs: 0..2, values: 5..7 }];
         assert_eq!(places.pieces(&fragment), expected);

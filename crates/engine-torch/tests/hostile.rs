@@ -1,6 +1,6 @@
 //! A program that connects in Python's place and says what it should not. No Python is needed.
 
-mod common;
+#![allow(clippy::unwrap_used)] // Helpers of tests may panic, as the tests do.
 
 use base::config::TrainSection;
 use base::{Fragment, TokenBatch};
