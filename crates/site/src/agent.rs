@@ -8,17 +8,18 @@ use crate::folder::{FolderError, RunFolder};
 use crate::join::{JoinError, conversation, fetch_run, greet};
 use crate::state::TrainingState;
 use crate::trainer::{TrainError, Trainer};
+use crate::watchdog::{EngineWatch, Hang};
 use crate::worker::{Done, Job, Worker};
 use base::{ContentHash, Hint, Round, RunConfig, SiteId};
 use bytes::Bytes;
-use engine::Engine;
-use rounds::{Commit, Contributor, Directive, LeaveReason, Member, MemberCommand, MemberEvent, Report};
+use engine::{DeviceInfo, Engine, EngineError, Interrupter};
+use rounds::{Commit, Contributor, Directive, LeaveReason, Member, MemberCommand, MemberEvent, Report, SiteDevice};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use telemetry::{Event, Reporter};
 use tokio::sync::mpsc;
@@ -34,6 +35,15 @@ const PULSE: Duration = Duration::from_secs(2);
 
 /// The coordinator pulses too: silence for this long means that it is gone.
 const COORDINATOR_SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// Between two looks at what the engine is doing.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// Ending an engine's process takes no longer, or fails.
+const INTERRUPT_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Words to a coordinator from a site that ends with an error take no longer.
+const FAREWELL_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Pause before a delta or a state that could not be fetched is asked for again.
 const FETCH_AGAIN: Duration = Duration::from_secs(1);
@@ -68,6 +78,9 @@ pub struct JoinOptions {
     pub slowdown: f64,
     /// Time for measuring the own speed before the first round.
     pub measure_seconds: f64,
+    /// No call of the engine is taken for hung before this time, [`crate::HANG_SECONDS_MIN`] unless the engine compiles for
+    /// longer than that.
+    pub hang_seconds_min: f64,
 }
 
 /// Makes the engine once settings and state are known. Its error is shown to the user as it is.
@@ -113,6 +126,18 @@ pub enum AgentError {
     /// The coordinator went on without this site.
     #[error("the run goes on without this site: {}", describe(*.0))]
     Dropped(LeaveReason),
+    /// The engine does not come back from a call: this process cannot go on with it.
+    #[error(
+        "engine {engine} hangs: '{call}' at inner step {step} of the run has not come back for {seconds:.0} s \
+         (it may take {bound_seconds:.0} s)",
+        call = .hang.call, step = .hang.step, seconds = .hang.seconds, bound_seconds = .hang.bound_seconds
+    )]
+    EngineHung {
+        /// Engine and device.
+        engine: String,
+        /// Which call, since when.
+        hang: Hang,
+    },
     /// A thread or task of this process ended unexpectedly.
     #[error("the engine's thread ended: this is a bug")]
     Internal,
@@ -129,6 +154,11 @@ impl Hint for AgentError {
             Self::Dropped(_) => {
                 Some("run the same `beringia join` again: it goes on from its last checkpoint".to_owned())
             }
+            Self::EngineHung { .. } => Some(
+                "see the device's driver messages (`dmesg | tail`), then run the same `beringia join` again: it goes on \
+                 from its last checkpoint"
+                    .to_owned(),
+            ),
             Self::Internal => Some("report it with the last lines of events.jsonl; `beringia join` resumes".to_owned()),
         }
     }
@@ -145,8 +175,27 @@ pub fn describe(reason: LeaveReason) -> &'static str {
         LeaveReason::Diverged => "its state differs from that of the other sites",
         LeaveReason::Misbehaved => "it broke the protocol",
         LeaveReason::EngineFailed => "its engine failed",
+        LeaveReason::EngineNotFinite => "its engine gave a number that is not finite",
+        LeaveReason::EngineHung => "its engine did not come back from a call",
         _ => "for a reason that this version does not know",
     }
+}
+
+/// What the coordinator is told when the engine's thread ends with an error.
+fn leave_reason(error: &TrainError) -> LeaveReason {
+    match error {
+        TrainError::NotFinite { .. } | TrainError::Engine(EngineError::NotFinite { .. }) => {
+            LeaveReason::EngineNotFinite
+        }
+        _ => LeaveReason::EngineFailed,
+    }
+}
+
+/// A device as the coordinator shows it.
+fn describe_device(device: DeviceInfo) -> SiteDevice {
+    let DeviceInfo { engine, name, maker, driver, memory_bytes, precision, .. } = device;
+    let precision = precision.to_string();
+    SiteDevice { engine, name, maker, driver, memory_bytes, precision }.clipped()
 }
 
 /// Takes part in a run until it finishes, `stop` completes, or something fails.
@@ -222,11 +271,13 @@ fn prepare(
         config,
         trainer,
         site,
-        state: Arc::new(Mutex::new(state.global)),
+        state: Arc::new(RwLock::new(state.global)),
         saved: state.saved,
         reporter,
         evaluated: None,
         saved_round,
+        restarts: 0,
+        given_up: Arc::default(),
     })
 }
 
@@ -255,7 +306,35 @@ enum Fetched {
     StateFailed { reason: String },
 }
 
+/// What the loop knows of the engine in the other thread.
+struct EngineHandle {
+    device: SiteDevice,
+    watch: Arc<EngineWatch>,
+    interrupter: Option<Interrupter>,
+    given_up: Arc<AtomicBool>,
+    hang_seconds_min: f64,
+}
+
+impl EngineHandle {
+    fn new(worker: &mut Worker, hang_seconds_min: f64) -> Self {
+        let watch = worker.trainer.watch();
+        let engine = worker.trainer.engine();
+        let (device, interrupter) = (describe_device(engine.device()), engine.interrupter());
+        Self { device, watch, interrupter, given_up: Arc::clone(&worker.given_up), hang_seconds_min }
+    }
+
+    /// Ends its process, where it has one. Whatever that does, it does not hold up the caller.
+    async fn give_up(&mut self) {
+        self.given_up.store(true, Ordering::Relaxed);
+        if let Some(interrupter) = self.interrupter.take() {
+            let interrupting = tokio::task::spawn_blocking(interrupter);
+            let _ended = tokio::time::timeout(INTERRUPT_TIME_MAX, interrupting).await;
+        }
+    }
+}
+
 struct Agent {
+    engine: EngineHandle,
     config: RunConfig,
     member: Option<Member>,
     site: SiteId,
@@ -286,7 +365,7 @@ struct Ending {
 
 impl Agent {
     fn new(
-        worker: Worker,
+        mut worker: Worker,
         config: RunConfig,
         client: BlobClient,
         sender: Sender,
@@ -298,8 +377,9 @@ impl Agent {
         let (done_in, done) = mpsc::channel(RESULTS_MAX);
         let (site, saved) = (worker.site, worker.saved.clone());
         let state: SharedState = Arc::clone(&worker.state);
+        let engine = EngineHandle::new(&mut worker, options.hang_seconds_min);
         let (delta_bytes, state_bytes) = {
-            let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            let state = state.read().unwrap_or_else(PoisonError::into_inner);
             ((state.parameters.len() * size_of::<f32>()) as u64, state.encoded_bytes())
         };
         let name = format!("engine {}", options.engine);
@@ -307,6 +387,7 @@ impl Agent {
         // A thread that cannot start shows as a closed channel.
         let _running = thread.spawn(move || worker.run(&job_queue, |done| done_in.blocking_send(done).is_ok()));
         Self {
+            engine,
             config,
             member: None,
             site,
@@ -345,6 +426,8 @@ impl Agent {
         mut stop: Pin<&mut (impl Future<Output = ()> + Send)>,
     ) -> Result<Outcome, AgentError> {
         let mut pulse = tokio::time::interval(PULSE);
+        let mut watch = tokio::time::interval(WATCH);
+        self.tell(&FromSite::Report(Report::Device(self.engine.device.clone()))).await;
         let (mut stopped, mut coordinator_lost) = (false, false);
         loop {
             tokio::select! {
@@ -369,6 +452,11 @@ impl Agent {
                 }
                 Some(event) = listener.next() => self.visited(event),
                 Some(_) = self.visitors.join_next() => {}
+                _ = watch.tick() => {
+                    if let Some(hang) = self.engine.watch.overdue(self.engine.hang_seconds_min) {
+                        return Err(self.give_up(hang).await);
+                    }
+                }
                 _ = pulse.tick(), if !coordinator_lost => self.tell(&FromSite::Pulse).await,
                 () = &mut stop, if !stopped => {
                     stopped = true;
@@ -380,6 +468,27 @@ impl Agent {
                 }
             }
         }
+    }
+
+    /// Leaves an engine that hangs behind. Its thread is not waited for: it ends with the process.
+    async fn give_up(&mut self, hang: Hang) -> AgentError {
+        let engine = self.engine.device.engine.clone();
+        let (call, step, seconds) = (hang.call.to_string(), hang.step, hang.seconds);
+        self.emit(Event::EngineHung { site: self.site, engine: engine.clone(), call, step, seconds });
+        self.farewell(LeaveReason::EngineHung).await;
+        self.engine.give_up().await;
+        AgentError::EngineHung { engine, hang }
+    }
+
+    /// Tells the coordinator why this site is gone, so that the others need not wait for its deadline.
+    async fn farewell(&mut self, reason: LeaveReason) {
+        let leave = FromSite::Report(Report::Leave { reason });
+        let said = async {
+            self.tell(&leave).await;
+            // A connection that is gone already is no loss.
+            let _closed = self.sender.close().await;
+        };
+        let _in_time = tokio::time::timeout(FAREWELL_TIME_MAX, said).await;
     }
 
     /// Saves, then ends with that result.
@@ -565,7 +674,9 @@ impl Agent {
                 self.obey(start).await;
                 Ok(())
             }
-            Done::Trained { round, delta, blob, contribution } => {
+            // The plan was withdrawn while the last step was being made: another one may have begun by now.
+            Done::Trained { abandoned, .. } if abandoned.load(Ordering::Relaxed) => Ok(()),
+            Done::Trained { round, delta, blob, contribution, .. } => {
                 self.shelf.offer(round, blob);
                 self.deltas.insert(self.site, delta);
                 self.feed(MemberEvent::Trained(contribution)).await
@@ -593,7 +704,7 @@ impl Agent {
                 Ok(())
             }
             Done::Failed(error) => {
-                self.tell(&FromSite::Report(Report::Leave { reason: LeaveReason::EngineFailed })).await;
+                self.farewell(leave_reason(&error)).await;
                 Err(error.into())
             }
             Done::Finished => Ok(()),

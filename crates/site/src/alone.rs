@@ -104,14 +104,23 @@ impl Alone<'_> {
         self.state.saved.step = done.step;
         self.state.saved.tokens += done.report.tokens;
         reporter.emit(step_event(SiteId(0), self.round(), &done));
+        self.reductions().for_each(|event| {
+            reporter.emit(event);
+        });
         Ok(())
+    }
+
+    fn reductions(&mut self) -> impl Iterator<Item = Event> + use<> {
+        reduction_events(self.trainer, SiteId(0))
     }
 
     fn evaluate(&mut self, reporter: &mut Reporter) -> Result<Evaluation, TrainError> {
         let evaluation = self.trainer.evaluate()?;
         let round = self.round();
         reporter.emit(evaluated_event(round, self.state.saved.step, &evaluation));
-        emit_sample(self.trainer, self.config, round, reporter)?;
+        for event in sample_event(self.trainer, self.config, round)?.into_iter().chain(self.reductions()) {
+            reporter.emit(event);
+        }
         Ok(evaluation)
     }
 
@@ -184,15 +193,14 @@ pub(crate) fn evaluated_event(round: Round, step: u64, evaluation: &Evaluation) 
     }
 }
 
-/// Shows some text from the model, where the run wants samples.
-pub(crate) fn emit_sample(
+/// Some text from the model, where the run wants samples.
+pub(crate) fn sample_event(
     trainer: &mut Trainer,
     config: &RunConfig,
     round: Round,
-    reporter: &mut Reporter,
-) -> Result<(), TrainError> {
+) -> Result<Option<Event>, TrainError> {
     if config.evaluate.sample_tokens == 0 {
-        return Ok(());
+        return Ok(None);
     }
     let (engine, tokenizer) = trainer.engine_and_tokenizer();
     let options = SampleOptions {
@@ -202,14 +210,19 @@ pub(crate) fn emit_sample(
         seed: config.run.seed,
     };
     let (prompt, length) = ([tokenizer.end_of_text()], config.data.sequence_length);
-    let text = match sample_text(engine, tokenizer, &prompt, &options, length) {
-        Ok(text) => text,
-        Err(SamplingError::Engine(error)) => return Err(error.into()),
-        Err(error) => {
-            reporter.warn(format!("no sample: {error}"), None);
-            return Ok(());
-        }
-    };
-    reporter.emit(Event::Sample { round, text });
-    Ok(())
+    match sample_text(engine, tokenizer, &prompt, &options, length) {
+        Ok(text) => Ok(Some(Event::Sample { round, text })),
+        Err(SamplingError::Engine(error)) => Err(error.into()),
+        Err(error) => Ok(Some(Event::Warning { message: format!("no sample: {error}"), hint: None })),
+    }
+}
+
+/// What became of the micro-batch since this was asked last.
+pub(crate) fn reduction_events(trainer: &mut Trainer, site: SiteId) -> impl Iterator<Item = Event> + use<> {
+    trainer.take_reductions().into_iter().map(move |reduced| Event::MicroBatchReduced {
+        site,
+        from_samples: reduced.from_samples as u64,
+        to_samples: reduced.to_samples as u64,
+        reason: reduced.reason,
+    })
 }

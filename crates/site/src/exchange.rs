@@ -8,11 +8,12 @@ use base::{ContentHash, Round, SiteId};
 use bytes::Bytes;
 use rounds::Peer;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use wire::{Blob, BlobKey, BlobSource, Holder};
 
-/// Global state, shared between the engine's thread and those who fetch it.
-pub(crate) type SharedState = Arc<Mutex<GlobalState>>;
+/// Global state, shared between the engine's thread and those who fetch it. Only that thread writes, and only while it
+/// merges: an engine that hangs holds nobody up.
+pub(crate) type SharedState = Arc<RwLock<GlobalState>>;
 
 /// Encodes a delta as little-endian f32.
 pub(crate) fn encode_delta(delta: &[f32]) -> Bytes {
@@ -84,7 +85,7 @@ impl Shelf {
         {
             return Some(blob.clone());
         }
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         if state.commit.round != round {
             return None;
         }

@@ -1,7 +1,7 @@
 //! The agent of a site: trains a run on an engine, alone ([`train_alone`]) or together with other sites ([`join`]).
 //!
 //! [`folder`] says what lies where, [`state`] what is kept, [`trainer`] does the arithmetic of a round, `worker` gives it a
-//! thread, `exchange` serves what the others fetch, [`agent`] is the loop in which they meet the coordinator.
+//! thread, [`watchdog`] sees when an engine does not come back, `exchange` serves what the others fetch, [`agent`] is the loop in which they meet the coordinator.
 
 pub mod agent;
 pub mod alone;
@@ -11,6 +11,7 @@ mod join;
 pub mod sampling;
 pub mod state;
 pub mod trainer;
+pub mod watchdog;
 mod worker;
 
 pub use agent::{AgentError, EngineFactory, JoinOptions, join};
@@ -19,3 +20,4 @@ pub use folder::{FolderError, RunFolder};
 pub use join::JoinError;
 pub use state::{GlobalState, Mode, SavedState, TrainingState};
 pub use trainer::{Evaluation, TrainError, Trainer};
+pub use watchdog::HANG_SECONDS_MIN;

@@ -5,16 +5,21 @@
 
 use crate::folder::{FolderError, RunFolder};
 use crate::state::GlobalState;
+use crate::watchdog::{EngineWatch, Watched};
 use base::config::Strategy;
 use base::{Hint, ParameterSchema, RunConfig, TokenBatch};
 use data::{BigramModel, Dataset, SampleOrder, Split, TextTokenizer, ValidationSet};
 use engine::{Engine, EngineError, LossSum, StepReport};
 use rounds::{Assignment, Commit, RoundPlan, SampleRange};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Samples in one validation batch: bounds the memory of the logits.
 const VALIDATION_BATCH_SAMPLES: usize = 8;
+
+/// Timed steps of a measurement, however long they take.
+const MEASURED_STEPS_MIN: u64 = 2;
 
 /// What a trainer can meet.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +28,30 @@ pub enum TrainError {
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// An inner step gave a number that is not finite: nothing of it is sent, and the checkpoints are as they were.
+    #[error(
+        "inner step {step} of the run: the {what} is {value}, not a finite number; nothing of it was sent or saved"
+    )]
+    NotFinite {
+        /// Inner step of the run, from 1.
+        step: u64,
+        /// `loss`, `gradient norm`, or the parameter whose delta it is.
+        what: String,
+        /// What came out.
+        value: f64,
+    },
+    /// Not even a single sample fits the device's memory.
+    #[error("{device} ({name}) is out of memory with one sample of {sequence_length} tokens: {reason}")]
+    OutOfMemory {
+        /// The device string.
+        device: String,
+        /// What the maker calls the device.
+        name: String,
+        /// Tokens in a sample.
+        sequence_length: usize,
+        /// What the device said.
+        reason: String,
+    },
     /// The folder cannot be used.
     #[error(transparent)]
     Folder(#[from] FolderError),
@@ -35,6 +64,15 @@ impl Hint for TrainError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Engine(error) => error.hint(),
+            Self::NotFinite { .. } => Some(
+                "lower [train] learning_rate, then run the same command again: it resumes from the last checkpoint"
+                    .to_owned(),
+            ),
+            Self::OutOfMemory { sequence_length, .. } => Some(format!(
+                "use a device with more memory (`beringia devices`), or make a run with shorter samples: \
+                 `beringia init NEW --data FOLDER --set data.sequence_length={}`",
+                (sequence_length / 2).max(1)
+            )),
             Self::Folder(error) => error.hint(),
             Self::Data(_) => Some("make the data again: `beringia init NEW --data FOLDER`".to_owned()),
         }
@@ -82,10 +120,25 @@ pub struct StepDone {
     pub seconds: f64,
 }
 
+/// Samples computed at once were reduced, because the device's memory was too small.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MicroBatchReduced {
+    /// Before.
+    pub from_samples: usize,
+    /// From now on.
+    pub to_samples: usize,
+    /// What the device said.
+    pub reason: String,
+}
+
 /// An engine, its data and its settings.
 pub struct Trainer {
     config: RunConfig,
-    engine: Box<dyn Engine>,
+    engine: Watched,
+    watch: Arc<EngineWatch>,
+    /// Most samples that the device's memory has proved to hold at once.
+    micro_batch_samples_max: usize,
+    reductions: Vec<MicroBatchReduced>,
     schema: ParameterSchema,
     train: Dataset,
     order: SampleOrder,
@@ -112,11 +165,15 @@ impl Trainer {
         let (length, samples_max) = (config.data.sequence_length, config.evaluate.samples_max);
         let validation =
             ValidationSet::select(&held_out, &tokenizer, length, samples_max).map_err(FolderError::from)?;
+        let watch = Arc::new(EngineWatch::default());
         Ok(Self {
             schema: engine.schema().clone(),
             order: SampleOrder::new(config.run.seed, train.samples(length)),
             config: config.clone(),
-            engine,
+            engine: Watched::new(engine, Arc::clone(&watch)),
+            watch,
+            micro_batch_samples_max: usize::MAX,
+            reductions: Vec::new(),
             train,
             validation,
             tokenizer,
@@ -132,7 +189,29 @@ impl Trainer {
 
     /// The engine.
     pub fn engine(&mut self) -> &mut dyn Engine {
-        self.engine.as_mut()
+        &mut self.engine
+    }
+
+    /// What the engine is doing, for other threads.
+    pub fn watch(&self) -> Arc<EngineWatch> {
+        Arc::clone(&self.watch)
+    }
+
+    /// Takes the reductions of the micro-batch since the last time: they are to be reported.
+    pub fn take_reductions(&mut self) -> Vec<MicroBatchReduced> {
+        std::mem::take(&mut self.reductions)
+    }
+
+    /// Starts an engine again that was lost, see [`Engine::recover`].
+    ///
+    /// # Errors
+    /// It cannot be started again.
+    pub fn recover(&mut self) -> Result<(), TrainError> {
+        self.engine.recover()?;
+        if self.micro_batch_samples_max < usize::MAX {
+            self.engine.set_micro_batch_samples(self.micro_batch_samples_max);
+        }
+        Ok(())
     }
 
     /// The tokenizer of the run.
@@ -142,7 +221,7 @@ impl Trainer {
 
     /// The engine and the tokenizer, for sampling.
     pub fn engine_and_tokenizer(&mut self) -> (&mut dyn Engine, &TextTokenizer) {
-        (self.engine.as_mut(), &self.tokenizer)
+        (&mut self.engine, &self.tokenizer)
     }
 
     /// The samples at some positions of the run's order, as one batch.
@@ -161,39 +240,103 @@ impl Trainer {
     /// # Errors
     /// The engine refused the batch or met a number that is not finite.
     pub fn step(&mut self, step: u64, batch: &TokenBatch) -> Result<StepDone, TrainError> {
-        let began = Instant::now();
         let learning_rate = self.config.train.learning_rate_at(step);
-        let report = self.engine.inner_step(batch, learning_rate)?;
-        self.slow_down(began);
-        Ok(StepDone { step: step + 1, learning_rate, report, seconds: began.elapsed().as_secs_f64() })
+        self.done(step, batch, |engine| engine.inner_step(batch, learning_rate))
     }
 
-    fn slow_down(&self, began: Instant) {
+    fn gradient(&mut self, step: u64, batch: &TokenBatch, gradient: &mut [f32]) -> Result<StepDone, TrainError> {
+        self.done(step, batch, |engine| engine.gradient(batch, gradient))
+    }
+
+    /// Makes step `step` of the run with `call`, and looks at what came out.
+    fn done(
+        &mut self,
+        step: u64,
+        batch: &TokenBatch,
+        call: impl FnMut(&mut dyn Engine) -> Result<StepReport, EngineError>,
+    ) -> Result<StepDone, TrainError> {
+        let (number, learning_rate) = (step + 1, self.config.train.learning_rate_at(step));
+        self.watch.set_step(number);
+        let not_finite = |what: &str, value| TrainError::NotFinite { step: number, what: what.to_owned(), value };
+        let (report, seconds) = self.timed(batch.samples, call).map_err(|error| match error {
+            TrainError::Engine(EngineError::NotFinite { what, value }) => not_finite(what, value),
+            other => other,
+        })?;
+        // An engine is trusted to refuse such a step itself, and not believed.
+        for (what, value) in [("loss", report.loss_nats), ("gradient norm", report.gradient_norm)] {
+            if !value.is_finite() {
+                return Err(not_finite(what, value));
+            }
+        }
+        Ok(StepDone { step: number, learning_rate, report, seconds })
+    }
+
+    /// The result of a call and its time, artificial delay included, tries that did not fit the memory excluded.
+    fn timed<T>(
+        &mut self,
+        samples: usize,
+        mut call: impl FnMut(&mut dyn Engine) -> Result<T, EngineError>,
+    ) -> Result<(T, f64), TrainError> {
+        let mut began = Instant::now();
+        let result = self.within_memory(samples, |engine| {
+            began = Instant::now();
+            call(engine)
+        })?;
         if self.slowdown > 1.0 {
             std::thread::sleep(began.elapsed().mul_f64(self.slowdown - 1.0));
         }
+        Ok((result, began.elapsed().as_secs_f64()))
+    }
+
+    /// Makes a call on `samples` samples, with smaller and smaller micro-batches as long as it does not fit the memory.
+    fn within_memory<T>(
+        &mut self,
+        samples: usize,
+        mut call: impl FnMut(&mut dyn Engine) -> Result<T, EngineError>,
+    ) -> Result<T, TrainError> {
+        loop {
+            match call(&mut self.engine) {
+                Err(EngineError::OutOfMemory { device, reason }) => self.halve_micro_batch(samples, device, reason)?,
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    fn halve_micro_batch(&mut self, samples: usize, device: String, reason: String) -> Result<(), TrainError> {
+        let from_samples = self.engine.micro_batch_samples().min(samples).min(self.micro_batch_samples_max);
+        let to_samples = from_samples / 2;
+        if to_samples == 0 {
+            let (name, sequence_length) = (self.engine.device().name, self.config.data.sequence_length);
+            return Err(TrainError::OutOfMemory { device, name, sequence_length, reason });
+        }
+        self.micro_batch_samples_max = to_samples;
+        self.engine.set_micro_batch_samples(to_samples);
+        self.reductions.push(MicroBatchReduced { from_samples, to_samples, reason });
+        Ok(())
     }
 
     /// Training tokens a second of this engine alone, at `samples_per_step` samples a step: steps for at least
-    /// `seconds` after one to warm up. Parameters and optimiser are put back as they were.
+    /// `seconds`, after one of a single sample and one of all to warm up. Parameters and optimiser are put back as they were.
+    ///
+    /// The single sample comes first so that a slow device shows how slow it is before it is given much; where the memory
+    /// does not hold all samples at once, this is where it is found out.
     ///
     /// # Errors
     /// The engine failed.
     pub fn measure(&mut self, samples_per_step: u64, seconds: f64) -> Result<f64, TrainError> {
         let before = self.engine.save()?;
+        for samples in [1, samples_per_step] {
+            let batch = self.batch(0..samples);
+            self.timed(batch.samples, |engine| engine.inner_step(&batch, 0.0))?;
+        }
         let batch = self.batch(0..samples_per_step);
-        self.engine.inner_step(&batch, 0.0)?;
-        let (began, mut steps) = (Instant::now(), 0);
-        while began.elapsed() < Duration::from_secs_f64(seconds) || steps < 2 {
-            let step_began = Instant::now();
-            self.engine.inner_step(&batch, 0.0)?;
-            self.slow_down(step_began);
+        let (mut measured, mut steps) = (0.0, 0);
+        while measured < seconds || steps < MEASURED_STEPS_MIN {
+            measured += self.timed(batch.samples, |engine| engine.inner_step(&batch, 0.0))?.1;
             steps += 1;
         }
-        let tokens = (steps * batch.predicted_tokens()) as f64;
-        let tokens_per_second = tokens / began.elapsed().as_secs_f64();
         self.engine.restore(&before)?;
-        Ok(tokens_per_second)
+        Ok((steps * batch.predicted_tokens()) as f64 / measured)
     }
 
     /// Runs an assignment from the global parameters. Gives `None` if `abandon` was set meanwhile.
@@ -208,7 +351,7 @@ impl Trainer {
         abandon: &AtomicBool,
         on_step: &mut dyn FnMut(&StepDone),
     ) -> Result<Option<Trained>, TrainError> {
-        self.engine.write_fragment(&self.schema.whole(), global)?;
+        self.write(global)?;
         let mut delta = vec![0.0; self.schema.elements()];
         let mut positions = assignment.lease.iter().flat_map(|SampleRange { start, end }| *start..*end);
         let (mut sum, mut compute_seconds) = (LossSum::default(), 0.0);
@@ -232,35 +375,48 @@ impl Trainer {
                 *local = global - *local;
             }
         }
+        self.require_finite(&delta, plan.first_step + assignment.steps)?;
         let loss_nats = sum.nats / sum.tokens.max(1) as f64;
         Ok(Some(Trained { delta, tokens: sum.tokens, loss_nats, compute_seconds }))
     }
 
-    fn gradient(&mut self, step: u64, batch: &TokenBatch, gradient: &mut [f32]) -> Result<StepDone, TrainError> {
-        let began = Instant::now();
-        let report = self.engine.gradient(batch, gradient)?;
-        self.slow_down(began);
-        let learning_rate = self.config.train.learning_rate_at(step);
-        Ok(StepDone { step: step + 1, learning_rate, report, seconds: began.elapsed().as_secs_f64() })
+    /// A delta with a number that is not finite would poison every site's model.
+    fn require_finite(&self, delta: &[f32], step: u64) -> Result<(), TrainError> {
+        let Some(index) = delta.iter().position(|value| !value.is_finite()) else { return Ok(()) };
+        let name = self.schema.parameters().iter().find(|parameter| parameter.range.contains(&index));
+        let what = format!("delta of {}", name.map_or("an unknown parameter", |parameter| &parameter.name));
+        Err(TrainError::NotFinite { step, what, value: f64::from(delta[index]) })
     }
 
     /// Merges the contributors' deltas (tokens and delta, ascending by site), takes the outer step and gives the engine the
     /// new global parameters.
     ///
     /// # Errors
-    /// The engine failed.
+    /// The engine failed; `global` has taken the step all the same.
     pub fn apply(
         &mut self,
         commit: &Commit,
         deltas: &[(u64, &[f32])],
         global: &mut GlobalState,
     ) -> Result<(), TrainError> {
+        self.merge(commit, deltas, global);
+        self.write(&global.parameters)
+    }
+
+    /// The part of [`Trainer::apply`] that needs no engine.
+    pub fn merge(&self, commit: &Commit, deltas: &[(u64, &[f32])], global: &mut GlobalState) {
         let mut merged = vec![0.0; self.schema.elements()];
         rounds::token_weighted_mean(deltas, &mut merged);
         global.outer.step(commit.round.0 - 1, &mut global.parameters, &mut merged);
         global.commit = commit.clone();
-        self.engine.write_fragment(&self.schema.whole(), &global.parameters)?;
-        Ok(())
+    }
+
+    /// Gives the engine these parameters, flat in canonical order.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn write(&mut self, parameters: &[f32]) -> Result<(), TrainError> {
+        Ok(self.engine.write_fragment(&self.schema.whole(), parameters)?)
     }
 
     /// Loss of the engine's parameters on the validation split, beside a bigram model's.
@@ -273,11 +429,10 @@ impl Trainer {
             None => self.fit_bigram()?,
         };
         let began = Instant::now();
-        let mut sum = LossSum::default();
-        for batch in self.validation.batches(VALIDATION_BATCH_SAMPLES) {
-            let part = self.engine.evaluate(&batch)?;
-            sum.nats += part.nats;
-            sum.tokens += part.tokens;
+        let sum = self.validation_loss()?;
+        if !sum.nats.is_finite() {
+            let (step, what) = (self.watch.step(), "validation loss".to_owned());
+            return Err(TrainError::NotFinite { step, what, value: sum.nats });
         }
         Ok(Evaluation {
             nats_per_token: sum.nats / sum.tokens as f64,
@@ -286,6 +441,30 @@ impl Trainer {
             tokens: sum.tokens,
             seconds: began.elapsed().as_secs_f64(),
         })
+    }
+
+    fn validation_loss(&mut self) -> Result<LossSum, TrainError> {
+        loop {
+            let samples = VALIDATION_BATCH_SAMPLES.min(self.micro_batch_samples_max);
+            let batches: Vec<TokenBatch> = self.validation.batches(samples).collect();
+            match self.sum_of_losses(&batches) {
+                // An engine may not cut what it evaluates into micro-batches: then the batch itself must shrink.
+                Err(TrainError::Engine(EngineError::OutOfMemory { device, reason })) => {
+                    self.halve_micro_batch(samples, device, reason)?;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn sum_of_losses(&mut self, batches: &[TokenBatch]) -> Result<LossSum, TrainError> {
+        let mut sum = LossSum::default();
+        for batch in batches {
+            let part = self.engine.evaluate(batch)?;
+            sum.nats += part.nats;
+            sum.tokens += part.tokens;
+        }
+        Ok(sum)
     }
 
     fn fit_bigram(&mut self) -> Result<f64, TrainError> {
