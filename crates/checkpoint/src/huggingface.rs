@@ -186,7 +186,25 @@ pub fn export(
     end_of_text: Option<u32>,
 ) -> Result<(), ExportError> {
     shape.validate()?;
-    check_against_schema(shape, tensors).map_err(|(name, reason)| ExportError::Tensors { name, reason })?;
+    let config = model_config(shape, end_of_text);
+    export_described(folder, &ParameterSchema::llama(shape), shape, config, tensors, tokenizer_json, end_of_text)
+}
+
+/// As [`export`], of any model: `config` is the object of its `config.json`, `schema` names its tensors; of `shape` only the
+/// sizes that have to do with text are looked at.
+///
+/// # Errors
+/// See [`ExportError`]; a foreign folder is not touched.
+pub fn export_described(
+    folder: &Path,
+    schema: &ParameterSchema,
+    shape: &ModelShape,
+    config: Value,
+    tensors: &NamedTensors,
+    tokenizer_json: Option<&Path>,
+    end_of_text: Option<u32>,
+) -> Result<(), ExportError> {
+    check_against_schema(schema, tensors).map_err(|(name, reason)| ExportError::Tensors { name, reason })?;
     let header = tensors::header_bytes(tensors, Some("pt"))
         .map_err(|error| ExportError::Tensors { name: WEIGHTS_FILE.to_owned(), reason: error.to_string() })?;
     // Read before anything is written: the tokenizer may lie in the folder itself.
@@ -199,7 +217,7 @@ pub fn export(
     }
     write_json(folder, GENERATION_FILE, &generation_config(end_of_text))?;
     write_whole(folder, WEIGHTS_FILE, |file| tensors::write_tensors(file, &header, tensors))?;
-    write_json(folder, CONFIG_FILE, &model_config(shape, end_of_text))
+    write_json(folder, CONFIG_FILE, &config)
 }
 
 /// Reads a Llama model from a Hugging Face folder: one `model.safetensors` or the shards of
@@ -213,9 +231,9 @@ pub fn import(folder: &Path) -> Result<(ModelShape, NamedTensors), ImportError> 
     Ok((shape, tensors))
 }
 
-/// Every parameter of the shape with its dimensions, and no other; names the first difference.
-fn check_against_schema(shape: &ModelShape, tensors: &NamedTensors) -> Result<(), (String, String)> {
-    let expected = dimensions(shape);
+/// Every parameter of the schema with its dimensions, and no other; names the first difference.
+fn check_against_schema(schema: &ParameterSchema, tensors: &NamedTensors) -> Result<(), (String, String)> {
+    let expected = dimensions(schema);
     for (name, dims) in &expected {
         match tensors.get(name) {
             None => return Err((name.clone(), "is missing".to_owned())),
@@ -232,8 +250,8 @@ fn check_against_schema(shape: &ModelShape, tensors: &NamedTensors) -> Result<()
 }
 
 /// Dimensions by name.
-fn dimensions(shape: &ModelShape) -> BTreeMap<String, Vec<usize>> {
-    ParameterSchema::llama(shape).parameters().iter().map(|p| (p.name.clone(), p.shape.clone())).collect()
+fn dimensions(schema: &ParameterSchema) -> BTreeMap<String, Vec<usize>> {
+    schema.parameters().iter().map(|p| (p.name.clone(), p.shape.clone())).collect()
 }
 
 /// Takes an empty, missing, or earlier export's folder.
@@ -525,7 +543,8 @@ struct ShardIndex {
 }
 
 fn import_weights(folder: &Path, shape: &ModelShape) -> Result<NamedTensors, ImportError> {
-    let expected = dimensions(shape);
+    let schema = ParameterSchema::llama(shape);
+    let expected = dimensions(&schema);
     let mut tensors = NamedTensors::new();
     for file in weight_files(folder)? {
         let path = folder.join(&file);
@@ -538,7 +557,7 @@ fn import_weights(folder: &Path, shape: &ModelShape) -> Result<NamedTensors, Imp
     if shape.tie_word_embeddings {
         drop_tied_projection(folder, &mut tensors)?;
     }
-    check_against_schema(shape, &tensors).map_err(|(name, reason)| ImportError::Tensor {
+    check_against_schema(&schema, &tensors).map_err(|(name, reason)| ImportError::Tensor {
         path: folder.to_owned(),
         name,
         reason,

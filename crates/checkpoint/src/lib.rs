@@ -9,6 +9,6 @@ pub mod huggingface;
 pub mod store;
 pub mod tensors;
 
-pub use huggingface::{ExportError, ImportError, export, import};
+pub use huggingface::{ExportError, ImportError, export, export_described, import};
 pub use store::{LoadError, Loaded, SaveError, Saved, Skipped, list, load, load_latest, save};
 pub use tensors::{ReaderBounds, TensorsError, decode_tensors, encode_tensors};

@@ -21,6 +21,11 @@ impl Failure {
     pub(crate) fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { message: message.into(), hint: hint.into() }
     }
+
+    /// The same, with what it is about in front.
+    pub(crate) fn about(self, what: &str) -> Self {
+        Self { message: format!("{what}: {}", self.message), hint: self.hint }
+    }
 }
 
 impl<E: Hint + 'static> From<E> for Failure {

@@ -14,6 +14,7 @@ mod overrides;
 mod progress;
 mod run_file;
 mod signals;
+mod transformers;
 mod watch;
 
 use clap::{Parser, Subcommand};

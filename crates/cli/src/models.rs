@@ -108,24 +108,27 @@ pub(crate) fn refresh_initial_state(run: &RunFolder, config: &RunConfig, output:
     let schema = config.schema();
     let (mode, seed) = (loaded.state.mode, loaded.state.seed);
     let fits = TrainingState::from_checkpoint(config, &schema, loaded.state, &loaded.tensors).is_ok();
-    if (fits && seed == config.run.seed) || mode != Mode::Initial {
+    // What transformers has made cannot be made anew here: a state that does not fit is refused where it is loaded.
+    if (fits && seed == config.run.seed) || mode != Mode::Initial || config.transformers.is_some() {
         return Ok(());
     }
-    save_initial_state(run, config)?;
+    save_initial_state(run, config, &engine::initial_parameters(&config.model, config.run.seed))?;
     output
         .warning("[model], [sync] strategy or seed was changed before the first step: the initial state was made anew");
     Ok(())
 }
 
-/// Makes the initial parameters of a run and saves them as round 0.
+/// Saves `parameters` as the state of round 0.
 ///
 /// # Errors
 /// They cannot be written.
-pub(crate) fn save_initial_state(run: &RunFolder, config: &RunConfig) -> Result<TrainingState, Failure> {
-    let parameters = engine::initial_parameters(&config.model, config.run.seed);
-    let state = TrainingState::initial(config, &parameters)
+pub(crate) fn save_initial_state(
+    run: &RunFolder,
+    config: &RunConfig,
+    parameters: &NamedTensors,
+) -> Result<TrainingState, Failure> {
+    let state = TrainingState::initial(config, parameters)
         .unwrap_or_else(|error| unreachable!("initial parameters are of the model they are made for: {error}"));
-    let schema = config.schema();
-    state.save(&run.checkpoints(), Round(0), &schema, config.checkpoint.keep)?;
+    state.save(&run.checkpoints(), Round(0), &config.schema(), config.checkpoint.keep)?;
     Ok(state)
 }

@@ -3,7 +3,6 @@
 use crate::failure::Failure;
 use crate::models::Model;
 use crate::output::Output;
-use base::ParameterSchema;
 use data::Manifest;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -52,13 +51,23 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     // Refuses a tokenizer that is not the one of the run's tokens.
     data::dataset::load_tokenizer(&run.data(), &manifest)?;
     let tokenizer = run.data().join(&manifest.tokenizer.name);
-    let shape = &model.config.model;
-    checkpoint::export(&folder, shape, &model.parameters, Some(&tokenizer), Some(manifest.end_of_text))?;
+    let (shape, end_of_text) = (&model.config.model, Some(manifest.end_of_text));
+    let schema = model.config.schema();
+    match &model.config.transformers {
+        None => checkpoint::export(&folder, shape, &model.parameters, Some(&tokenizer), end_of_text)?,
+        Some(section) => {
+            let config = serde_json::from_str(&section.config).map_err(|error| {
+                Failure::new(format!("[transformers] config: {error}"), "restore run.toml as `beringia init` wrote it")
+            })?;
+            let (tensors, tokenizer) = (&model.parameters, Some(tokenizer.as_path()));
+            checkpoint::export_described(&folder, &schema, shape, config, tensors, tokenizer, end_of_text)?;
+        }
+    }
     output.line(format_args!("wrote      {}: {}", folder.display(), model.name));
     output.line(format_args!(
         "load it    AutoModelForCausalLM.from_pretrained(\"{0}\"), AutoTokenizer.from_pretrained(\"{0}\")",
         folder.display()
     ));
-    output.object(&Report { model: model.name, folder, parameters: ParameterSchema::llama(shape).elements() });
+    output.object(&Report { model: model.name, folder, parameters: schema.elements() });
     Ok(())
 }

@@ -10,7 +10,8 @@ use crate::output::Output;
 use crate::overrides::{self, Override};
 use crate::progress::Progress;
 use crate::run_file;
-use base::{ContentHash, ModelShape, ParameterSchema, RunConfig};
+use crate::transformers::TransformersModel;
+use base::{ContentHash, ModelShape, NamedTensors, RunConfig};
 use data::documents::CorpusWarning;
 use data::prepare::Prepared;
 use data::{Corpus, Manifest, PrepareOptions, PrepareProgress, TokenizerSource};
@@ -46,9 +47,16 @@ pub(crate) struct Args {
     /// Tokens of the tokenizer that is trained; 2048 for the smallest size.
     #[arg(long, value_name = "TOKENS")]
     vocabulary: Option<usize>,
-    /// Size of the model, in parameters.
+    /// Size of the model, a Llama, in parameters.
     #[arg(long, value_enum, default_value = "1m")]
     size: Size,
+    /// Another model than Llama: the config.json of any causal language model that transformers builds. PyTorch sites
+    /// train it.
+    #[arg(long, value_name = "FILE", conflicts_with = "size")]
+    model_config: Option<PathBuf>,
+    /// With --model-config: the interpreter that has PyTorch and transformers; BERINGIA_PYTHON or python3 unless given.
+    #[arg(long, value_name = "PATH", requires = "model_config")]
+    python: Option<PathBuf>,
     /// A key of run.toml to set, as in train.steps=100; may be repeated.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     overrides: Vec<Override>,
@@ -117,9 +125,50 @@ pub(crate) struct InitOptions<'a> {
     /// Its tokenizer.
     pub(crate) tokenizer: TokenizerSource,
     /// Its model.
-    pub(crate) size: Size,
+    pub(crate) model: ModelSource,
     /// Changes the settings that were chosen, before anything is made of them.
     pub(crate) configure: &'a dyn Fn(&mut RunConfig),
+}
+
+/// Which model a run is made for.
+pub(crate) enum ModelSource {
+    /// A Llama.
+    Size(Size),
+    /// What a `config.json` describes.
+    Transformers(TransformersModel),
+}
+
+impl ModelSource {
+    /// Settings for a run of this model, with `vocab_size` tokens.
+    fn config(&self, name: &str, vocab_size: usize) -> RunConfig {
+        match self {
+            Self::Size(size) => size.config(name, vocab_size),
+            Self::Transformers(model) => {
+                // What suits a small Llama suits a small model of another family.
+                let mut config = Size::Million5.config(name, vocab_size);
+                config.model = model.shape(vocab_size);
+                config.data.sequence_length = config.data.sequence_length.min(model.positions());
+                config.train.learning_rate = Size::Million25.config(name, vocab_size).train.learning_rate;
+                config
+            }
+        }
+    }
+
+    /// Tokens of a tokenizer that is trained for it.
+    fn vocabulary_size(&self) -> usize {
+        match self {
+            Self::Size(size) => size.vocabulary_size(),
+            Self::Transformers(_) => Size::Million5.vocabulary_size(),
+        }
+    }
+
+    /// Its initial parameters; a model of transformers is described in `config` by the way.
+    fn initial_parameters(&self, config: &mut RunConfig) -> Result<NamedTensors, Failure> {
+        match self {
+            Self::Size(_) => Ok(engine::initial_parameters(&config.model, config.run.seed)),
+            Self::Transformers(model) => model.build(config),
+        }
+    }
 }
 
 /// What a new run consists of; with `--json` it is printed as it is.
@@ -167,18 +216,22 @@ pub(crate) struct Summary {
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     refuse_existing(&args.run)?;
     // Checked before the text is read, which may take long.
-    overrides::check(&args.size.config(&run_name(&args.run), args.size.vocabulary_size()), &args.overrides)?;
+    let model = match args.model_config {
+        None => ModelSource::Size(args.size),
+        Some(path) => ModelSource::Transformers(TransformersModel::read(&path, args.python)?),
+    };
+    overrides::check(&model.config(&run_name(&args.run), model.vocabulary_size()), &args.overrides)?;
     let corpus = Corpus::folder(&args.data)?;
     output.line(format_args!(
         "reading    {} in {}",
         bytes(corpus.file_bytes()),
         counted(corpus.files().len() as u64, "file")
     ));
-    let vocabulary_size = args.vocabulary.unwrap_or_else(|| args.size.vocabulary_size());
+    let vocabulary_size = args.vocabulary.unwrap_or_else(|| model.vocabulary_size());
     let tokenizer = args.tokenizer.map_or(TokenizerSource::Train { vocabulary_size }, TokenizerSource::Load);
     let mut progress = Progress::new(output, "encoding", corpus.file_bytes());
     let configure = |config: &mut RunConfig| overrides::apply(config, &args.overrides);
-    let options = InitOptions { corpus, tokenizer, size: args.size, configure: &configure };
+    let options = InitOptions { corpus, tokenizer, model, configure: &configure };
     let summary = create(&args.run, options, &mut |step| {
         if let PrepareProgress::Encoding { file_bytes, .. } = step {
             progress.set(file_bytes);
@@ -204,11 +257,12 @@ pub(crate) fn create(
     let run = RunFolder::new(&partial.0);
     let prepared =
         data::prepare(&options.corpus, &options.tokenizer, &run.data(), &PrepareOptions::default(), progress)?;
-    let mut config = choose_settings(folder, options.size, &prepared.manifest)?;
+    let mut config = choose_settings(folder, &options.model, &prepared.manifest)?;
     (options.configure)(&mut config);
     config.validate()?;
+    let parameters = options.model.initial_parameters(&mut config)?;
     fs::write(run.run_file(), run_file::render(&config)).map_err(|error| write_failure(folder, &error))?;
-    let state = save_initial_state(&run, &config)?;
+    let state = save_initial_state(&run, &config, &parameters)?;
     partial.complete(folder)?;
     Ok(summarise(folder, &config, prepared, state.saved.state_hash))
 }
@@ -227,9 +281,9 @@ fn refuse_existing(folder: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The size's settings, fitted to the text that there is.
-fn choose_settings(folder: &Path, size: Size, manifest: &Manifest) -> Result<RunConfig, Failure> {
-    let mut config = size.config(&run_name(folder), manifest.vocabulary_size as usize);
+/// The model's settings, fitted to the text that there is.
+fn choose_settings(folder: &Path, model: &ModelSource, manifest: &Manifest) -> Result<RunConfig, Failure> {
+    let mut config = model.config(&run_name(folder), manifest.vocabulary_size as usize);
     // A sample has one token more than it predicts, and both splits must hold one.
     let tokens = manifest.train.tokens.min(manifest.validation.tokens).saturating_sub(1);
     if tokens < SEQUENCE_LENGTH_MIN {
@@ -334,7 +388,7 @@ fn memory_bytes_estimate(config: &RunConfig) -> u64 {
     let worked_with = 8 * model.hidden_size + 4 * model.intermediate_size;
     let of_token = model.num_hidden_layers * kept + worked_with + model.vocab_size;
     let tokens = config.train.micro_batch_samples.min(config.train.batch_samples) * config.data.sequence_length;
-    let elements = PARAMETER_COPIES * ParameterSchema::llama(model).elements() + tokens * of_token;
+    let elements = PARAMETER_COPIES * config.schema().elements() + tokens * of_token;
     (elements * size_of::<f32>()) as u64
 }
 

@@ -11,7 +11,7 @@ mod spec;
 
 use self::report::{Report, TrainingSpan};
 use self::spec::SiteSpec;
-use crate::commands::init::{InitOptions, Size, create};
+use crate::commands::init::{InitOptions, ModelSource, Size, create};
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::run_file;
@@ -218,10 +218,10 @@ impl Lab {
             corpus.file_bytes() / 1_000_000,
             corpus.files().len()
         ));
-        let size = Size::Million1;
+        let model = ModelSource::Size(Size::Million1);
         let tokenizer = TokenizerSource::Train { vocabulary_size: LAB_VOCABULARY };
         let configure = move |config: &mut RunConfig| configure(config, sites);
-        let options = InitOptions { corpus, tokenizer, size, configure: &configure };
+        let options = InitOptions { corpus, tokenizer, model, configure: &configure };
         create(&self.run_folder(), options, &mut |_| {})?;
         let (config, _) = RunFolder::new(self.run_folder()).config()?;
         output.line(format_args!("run        {}", self.run_folder().display()));
