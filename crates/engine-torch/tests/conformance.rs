@@ -1,24 +1,30 @@
-//! The suite that every engine passes, and the thirty operations, on PyTorch's CPU.
+//! The suite that every engine passes, on PyTorch's CPU in both precisions.
 
 mod common;
 
 use common::{Pool, has_module, options};
-use engine::{Engine, conformance, numerics};
+use engine::conformance::{self, Expectations};
+use engine::{Precision, PrecisionChoice};
+use engine_torch::TorchOptions;
 
 #[test]
-fn torch_on_the_cpu_conforms() {
+fn torch_in_f32_conforms() {
     if !has_module("torch") {
         return;
     }
     let pool = Pool::new(options());
-    conformance::run_all(&|shape, train, initial| Box::new(pool.engine(shape, train, initial)));
+    conformance::run_all(&|shape, train, initial| Box::new(pool.engine(shape, train, initial)), &Expectations::EXACT);
+}
 
-    let shape = conformance::tiny_shape(false);
-    let initial = engine::initial_parameters(&shape, 1);
-    let mut engine = pool.engine(&shape, &base::config::TrainSection::default(), &initial);
-    for operation in numerics::operations() {
-        let found = engine.operation(&operation).unwrap();
-        let distance = numerics::relative_distance(&found, &numerics::reference(&operation));
-        assert!(distance <= operation.bound, "{}: {distance} from the reference", operation.name);
+#[test]
+fn torch_in_bf16_conforms() {
+    if !has_module("torch") {
+        return;
     }
+    let precision = PrecisionChoice::Fixed(Precision::Bf16);
+    let pool = Pool::new(TorchOptions { precision, ..options() });
+    conformance::run_all(
+        &|shape, train, initial| Box::new(pool.engine(shape, train, initial)),
+        &Expectations { precision: Precision::Bf16, repeatable: true },
+    );
 }

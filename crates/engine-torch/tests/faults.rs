@@ -2,6 +2,7 @@
 //! is left behind, and the engine says which of these it was.
 
 #![cfg(target_os = "linux")] // Processes are looked up in /proc.
+#![allow(clippy::unwrap_used, clippy::print_stderr)] // Helpers of tests may panic and print, as the tests do.
 
 mod common;
 
@@ -110,7 +111,7 @@ fn a_stopped_process_is_ended_by_an_interrupter_and_by_drop() {
     let interrupt = engine.interrupter().unwrap();
     signal(process, Signal::STOP);
     // The call waits for an answer, or will: the outcome is the same.
-    let interrupter = thread::spawn(move || interrupt());
+    let interrupter = thread::spawn(interrupt);
     assert_eq!(lost(engine.inner_step(&batch(1), 1e-2)), "it was ended because it did not answer");
     interrupter.join().unwrap();
     assert!(!is_running(process));

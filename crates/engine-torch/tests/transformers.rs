@@ -1,5 +1,7 @@
 //! A model that this workspace does not know: `transformers` builds it from its configuration.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests may panic, as the tests do.
+
 mod common;
 
 use base::config::TrainSection;
