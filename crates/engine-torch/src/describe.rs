@@ -26,12 +26,21 @@ pub struct DescribedModel {
 /// # Errors
 /// As [`TorchProcess::start`]; [`EngineError::Shape`] where `config` describes no such model.
 pub fn describe_model(config: &Value, seed: u64, options: &TorchOptions) -> Result<DescribedModel, EngineError> {
-    let mut process = TorchProcess::start(options)?;
-    let train = Train::from(&TrainSection::default());
-    let built: Initialised = process.ask(&Request::Init { model: config, train, seed: Some(seed) })?;
-    count_elements(&built.parameters).map_err(|reason| process.distrust(reason))?;
-    let schema = ParameterSchema::new(built.parameters.iter().cloned());
-    let places = Places::new(&schema, &built.parameters)?;
-    let values = read_whole(&mut process, &schema, &places)?;
-    Ok(DescribedModel { initial: schema.unflatten(&values), schema })
+    TorchProcess::start(options)?.describe(config, seed)
+}
+
+impl TorchProcess {
+    /// As [`describe_model`], in a process that runs already.
+    ///
+    /// # Errors
+    /// As [`describe_model`].
+    pub fn describe(&mut self, config: &Value, seed: u64) -> Result<DescribedModel, EngineError> {
+        let train = Train::from(&TrainSection::default());
+        let built: Initialised = self.ask(&Request::Init { model: config, train, seed: Some(seed) })?;
+        count_elements(&built.parameters).map_err(|reason| self.distrust(reason))?;
+        let schema = ParameterSchema::new(built.parameters.iter().cloned());
+        let places = Places::new(&schema, &built.parameters)?;
+        let values = read_whole(self, &schema, &places)?;
+        Ok(DescribedModel { initial: schema.unflatten(&values), schema })
+    }
 }

@@ -58,11 +58,11 @@ impl TorchEngine {
         initial: &NamedTensors,
     ) -> Result<Self, EngineError> {
         let checked = Checked::new(model, initial)?;
-        Self::build(checked, train, TorchProcess::start(options)?)
+        Self::build(checked, train, TorchProcess::start(options)?, None)
     }
 
-    /// As [`TorchEngine::new`], in a process that runs already; it goes to `returned` when the engine is dropped, if it is
-    /// still good. Importing PyTorch takes seconds: many short-lived engines share it.
+    /// As [`TorchEngine::new`], in a process that runs already; it goes to `returned` when the engine is dropped or cannot be
+    /// built, if it is still good. Importing PyTorch takes seconds: many short-lived engines share it.
     ///
     /// # Errors
     /// As [`TorchEngine::new`].
@@ -74,14 +74,23 @@ impl TorchEngine {
         returned: Sender<TorchProcess>,
     ) -> Result<Self, EngineError> {
         let checked = Checked::new(model, initial)?;
-        let mut engine = Self::build(checked, train, process)?;
-        engine.returned = Some(returned);
-        Ok(engine)
+        Self::build(checked, train, process, Some(returned))
     }
 
-    fn build(checked: Checked, train: &TrainSection, mut process: TorchProcess) -> Result<Self, EngineError> {
+    fn build(
+        checked: Checked,
+        train: &TrainSection,
+        mut process: TorchProcess,
+        returned: Option<Sender<TorchProcess>>,
+    ) -> Result<Self, EngineError> {
         let Checked { model, schema, snapshot } = checked;
-        let (device, places) = initialise(&mut process, &model, &schema, train)?;
+        let (device, places) = match initialise(&mut process, &model, &schema, train) {
+            Ok(built) => built,
+            Err(error) => {
+                give_back(process, returned.as_ref());
+                return Err(error);
+            }
+        };
         let mut engine = Self {
             limits: model.limits(),
             model,
@@ -94,7 +103,7 @@ impl TorchEngine {
             device,
             micro_batch_samples_there: train.micro_batch_samples,
             snapshot,
-            returned: None,
+            returned,
         };
         engine.upload_snapshot()?;
         Ok(engine)
@@ -408,12 +417,17 @@ impl Engine for TorchEngine {
 
 impl Drop for TorchEngine {
     fn drop(&mut self) {
-        if let (Some(process), Some(returned)) = (self.process.take(), &self.returned)
-            && process.is_alive()
-        {
-            // Nobody who would take it is there any more: it ends here.
-            let _ = returned.send(process);
+        if let Some(process) = self.process.take() {
+            give_back(process, self.returned.as_ref());
         }
+    }
+}
+
+/// Returns a process that is still good to whom it belongs; any other ends here.
+fn give_back(process: TorchProcess, owner: Option<&Sender<TorchProcess>>) {
+    if let (true, Some(owner)) = (process.is_alive(), owner) {
+        // Fails, and ends the process, where the owner is gone.
+        let _ = owner.send(process);
     }
 }
 

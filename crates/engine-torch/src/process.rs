@@ -26,7 +26,7 @@ const WATCH_PERIOD: Duration = Duration::from_millis(250);
 
 /// How long a process whose connection ended may take to end itself, before it is killed: `torchrun` needs its own
 /// period of looking after the ranks, 0.1 s.
-const END_PATIENCE: Duration = Duration::from_secs(1);
+const END_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long a process that was asked to close may take, before it is killed.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);

@@ -77,7 +77,7 @@ fn once_busy(process: u32, act: impl FnOnce() + Send + 'static) -> thread::JoinH
 }
 
 #[test]
-fn an_engine_killed_in_a_step_recovers_with_the_same_bits() {
+fn an_engine_killed_in_a_step_recovers_with_the_same_bits_and_a_stopped_one_ends() {
     if !has_module("torch") {
         return;
     }
@@ -99,14 +99,8 @@ fn an_engine_killed_in_a_step_recovers_with_the_same_bits() {
     assert_ne!(engine.process_id(), Some(first));
     steps(&mut engine, 4..8);
     assert_eq!(state_bits(&mut engine), uninterrupted);
-}
 
-#[test]
-fn a_stopped_process_is_ended_by_an_interrupter_and_by_drop() {
-    if !has_module("torch") {
-        return;
-    }
-    let mut engine = start(&options());
+    // A process that does not answer: an interrupter ends it.
     let process = engine.process_id().unwrap();
     let interrupt = engine.interrupter().unwrap();
     signal(process, Signal::STOP);
@@ -114,14 +108,15 @@ fn a_stopped_process_is_ended_by_an_interrupter_and_by_drop() {
     let interrupter = thread::spawn(interrupt);
     assert_eq!(lost(engine.inner_step(&batch(1), 1e-2)), "it was ended because it did not answer");
     interrupter.join().unwrap();
-    assert!(!is_running(process));
+    wait_until("the interrupted process is gone", || !is_running(process));
 
+    // And so does drop.
     engine.recover().unwrap();
     let process = engine.process_id().unwrap();
     steps(&mut engine, 0..1);
     signal(process, Signal::STOP);
     drop(engine);
-    assert!(!is_running(process));
+    wait_until("the dropped process is gone", || !is_running(process));
 }
 
 #[test]
@@ -273,5 +268,6 @@ fn two_ranks_compute_what_one_does_and_end_together() {
     assert!(ranks.len() >= 2, "{ranks:?}");
     signal(*ranks.iter().max().unwrap(), Signal::KILL);
     lost(two.inner_step(&batch(9), 1e-2));
-    assert!(ranks.iter().chain([&launcher]).all(|process| !is_running(*process)));
+    let is_gone = |process: &u32| !is_running(*process);
+    wait_until("all ranks and their launcher are gone", || ranks.iter().chain([&launcher]).all(is_gone));
 }

@@ -8,9 +8,8 @@ use base::config::TrainSection;
 use base::{Fragment, NamedTensors, ParameterSchema, TokenBatch};
 use common::{Pool, has_module, options};
 use engine::{Engine, EngineError};
-use engine_torch::{DescribedModel, ModelDescription, TorchEngine, TorchProcess, describe_model};
+use engine_torch::{DescribedModel, ModelDescription, TorchEngine};
 use serde_json::{Value, json};
-use std::sync::mpsc::channel;
 
 fn config() -> Value {
     json!({
@@ -43,12 +42,17 @@ fn a_gpt2_is_described_trained_and_saved_in_any_order_of_its_tensors() {
     if !has_module("transformers") {
         return;
     }
-    let DescribedModel { schema, initial } = describe_model(&config(), 7, &options()).unwrap();
+    let pool = Pool::new(options());
+    let mut process = pool.process();
+    let DescribedModel { schema, initial } = process.describe(&config(), 7).unwrap();
+    assert_eq!(process.describe(&config(), 7).unwrap().initial, initial);
+    let unknown = process.describe(&json!({ "model_type": "no_such_family" }), 7).unwrap_err();
+    assert!(matches!(&unknown, EngineError::Shape { .. }), "{unknown:?}");
+    pool.put_back(process);
     assert!(schema.find("transformer.h.1.attn.c_attn.weight").is_some());
     assert!(schema.find("lm_head.weight").is_none(), "tied tensors come once");
     assert!(initial["transformer.wte.weight"].values.iter().any(|value| *value != 0.0));
 
-    let pool = Pool::new(options());
     let train = TrainSection::default();
     let model = |schema| ModelDescription::HuggingFace { config: config(), schema };
     let run = |schema: ParameterSchema| {
@@ -77,24 +81,10 @@ fn a_gpt2_is_described_trained_and_saved_in_any_order_of_its_tensors() {
     let too_long = TokenBatch { samples: 1, sequence_length: 17, tokens: vec![0; 18] };
     assert!(matches!(engine.inner_step(&too_long, 1e-3), Err(EngineError::Shape { .. })));
     assert_eq!(engine.logits(&[1, 2, 3]).unwrap().len(), 3 * 29);
-}
 
-#[test]
-fn a_configuration_of_another_model_is_refused() {
-    if !has_module("transformers") {
-        return;
-    }
-    let schema = ParameterSchema::new([("transformer.wte.weight".to_owned(), vec![29, 16])]);
-    let initial = schema.unflatten(&vec![0.0; schema.elements()]);
-    let refused = |config: Value| {
-        let (returned, _kept) = channel();
-        let model = ModelDescription::HuggingFace { config, schema: schema.clone() };
-        let process = TorchProcess::start(&options()).unwrap();
-        let built = TorchEngine::borrowing(&model, &TrainSection::default(), process, &initial, returned);
-        built.err().unwrap()
-    };
-    let more = refused(config());
-    assert!(matches!(&more, EngineError::Shape { what, .. } if what == "transformer.wpe.weight"), "{more:?}");
-    let unknown = refused(json!({ "model_type": "no_such_family" }));
-    assert!(matches!(&unknown, EngineError::Shape { .. }), "{unknown:?}");
+    // A checkpoint of another model.
+    let other = ParameterSchema::new([("transformer.wte.weight".to_owned(), vec![29, 16])]);
+    let zeros = other.unflatten(&vec![0.0; other.elements()]);
+    let refused = pool.try_engine_of(&model(other), &train, &zeros).err().unwrap();
+    assert!(matches!(&refused, EngineError::Shape { what, .. } if what == "transformer.wpe.weight"), "{refused:?}");
 }

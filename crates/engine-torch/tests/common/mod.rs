@@ -4,7 +4,7 @@
 
 use base::config::TrainSection;
 use base::{ModelShape, NamedTensors};
-use engine::{Engine, PrecisionChoice};
+use engine::{Engine, EngineError, PrecisionChoice};
 use engine_torch::{Compile, ModelDescription, TorchEngine, TorchOptions, TorchProcess};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -63,8 +63,24 @@ impl Pool {
         train: &TrainSection,
         initial: &NamedTensors,
     ) -> TorchEngine {
-        let process = self.idle.try_recv().unwrap_or_else(|_| TorchProcess::start(&self.options).unwrap());
-        TorchEngine::borrowing(model, train, process, initial, self.returned.clone()).unwrap()
+        self.try_engine_of(model, train, initial).unwrap()
+    }
+
+    pub(crate) fn try_engine_of(
+        &self,
+        model: &ModelDescription,
+        train: &TrainSection,
+        initial: &NamedTensors,
+    ) -> Result<TorchEngine, EngineError> {
+        TorchEngine::borrowing(model, train, self.process(), initial, self.returned.clone())
+    }
+
+    pub(crate) fn process(&self) -> TorchProcess {
+        self.idle.try_recv().unwrap_or_else(|_| TorchProcess::start(&self.options).unwrap())
+    }
+
+    pub(crate) fn put_back(&self, process: TorchProcess) {
+        self.returned.send(process).unwrap();
     }
 }
 
