@@ -152,7 +152,8 @@ def inverse_frequencies(rope: dict[str, Any], head_size: int) -> torch.Tensor:
 
 def _llama3_frequencies(frequencies: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
     """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between interpolated by wavelength."""
-    low, high, context = (rope[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    context = rope["original_max_position_embeddings"]
     wavelengths = 2 * math.pi / frequencies
     slowed = torch.where(wavelengths > context / low, frequencies / rope["factor"], frequencies)
     smooth = (context / wavelengths - low) / (high - low)
