@@ -136,7 +136,7 @@ pub struct Trainer {
     config: RunConfig,
     engine: Watched,
     watch: Arc<EngineWatch>,
-    /// Most samples that the device's memory has proved to hold at once.
+    /// Most samples to be computed at once, as far as the device's memory has shown.
     micro_batch_samples_max: usize,
     reductions: Vec<MicroBatchReduced>,
     schema: ParameterSchema,
@@ -207,10 +207,9 @@ impl Trainer {
     /// # Errors
     /// It cannot be started again.
     pub fn recover(&mut self) -> Result<(), TrainError> {
+        let micro_batch_samples = self.engine.micro_batch_samples();
         self.engine.recover()?;
-        if self.micro_batch_samples_max < usize::MAX {
-            self.engine.set_micro_batch_samples(self.micro_batch_samples_max);
-        }
+        self.engine.set_micro_batch_samples(micro_batch_samples);
         Ok(())
     }
 
@@ -296,21 +295,24 @@ impl Trainer {
     ) -> Result<T, TrainError> {
         loop {
             match call(&mut self.engine) {
-                Err(EngineError::OutOfMemory { device, reason }) => self.halve_micro_batch(samples, device, reason)?,
+                Err(EngineError::OutOfMemory { device, reason }) => {
+                    let at_once = self.engine.micro_batch_samples().min(samples).min(self.micro_batch_samples_max);
+                    self.halve(at_once, device, reason)?;
+                }
                 other => return Ok(other?),
             }
         }
     }
 
-    fn halve_micro_batch(&mut self, samples: usize, device: String, reason: String) -> Result<(), TrainError> {
-        let from_samples = self.engine.micro_batch_samples().min(samples).min(self.micro_batch_samples_max);
+    /// `from_samples` at once were too many. An engine that does not obey comes to an end all the same.
+    fn halve(&mut self, from_samples: usize, device: String, reason: String) -> Result<(), TrainError> {
         let to_samples = from_samples / 2;
         if to_samples == 0 {
             let (name, sequence_length) = (self.engine.device().name, self.config.data.sequence_length);
             return Err(TrainError::OutOfMemory { device, name, sequence_length, reason });
         }
         self.micro_batch_samples_max = to_samples;
-        self.engine.set_micro_batch_samples(to_samples);
+        self.engine.set_micro_batch_samples(to_samples.min(self.engine.micro_batch_samples()));
         self.reductions.push(MicroBatchReduced { from_samples, to_samples, reason });
         Ok(())
     }
@@ -450,7 +452,7 @@ impl Trainer {
             match self.sum_of_losses(&batches) {
                 // An engine may not cut what it evaluates into micro-batches: then the batch itself must shrink.
                 Err(TrainError::Engine(EngineError::OutOfMemory { device, reason })) => {
-                    self.halve_micro_batch(samples, device, reason)?;
+                    self.halve(samples, device, reason)?;
                 }
                 other => return other,
             }
