@@ -7,11 +7,14 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod arrows;
+mod bench_curves;
 mod bench_diloco;
 mod bench_engine;
+mod bench_mixed;
 mod chart;
 mod finding;
 mod purity;
+mod runs;
 mod tidy;
 mod tokens;
 mod verify;
@@ -48,6 +51,10 @@ enum Bench {
     },
     /// Validation loss of sites that merge every H steps against one site on the same samples
     Diloco(Box<bench_diloco::Options>),
+    /// Speed of sites of unlike engines together against the sum of what each does alone
+    Mixed(Box<bench_mixed::Options>),
+    /// Validation loss of sites of unlike engines against sites of one engine
+    Curves(Box<bench_curves::Options>),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +64,8 @@ fn main() -> ExitCode {
         Task::Bench(Bench::Engine { arguments }) => {
             bench_engine::run(&arguments).map_err(|error| (error.to_string(), None))
         }
+        Task::Bench(Bench::Mixed(options)) => bench_mixed::run(&options).map_err(|error| (error.to_string(), None)),
+        Task::Bench(Bench::Curves(options)) => bench_curves::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Diloco(options)) => bench_diloco::run(&options).map_err(|error| (error.to_string(), None)),
     };
     match outcome {

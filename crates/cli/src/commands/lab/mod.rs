@@ -14,6 +14,7 @@ use self::spec::SiteSpec;
 use crate::commands::init::{InitOptions, ModelSource, Size, create};
 use crate::failure::Failure;
 use crate::output::Output;
+use crate::overrides::{self, Override};
 use crate::run_file;
 use crate::watch::Watch;
 use base::RunConfig;
@@ -65,6 +66,9 @@ pub(crate) struct Args {
     /// Where to keep everything; a new folder in `lab/` unless given.
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
+    /// A key of run.toml to set, as in sync.inner_steps=50; may be repeated.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    overrides: Vec<Override>,
     /// Time for measuring each site alone, before and after the run.
     #[arg(long, value_name = "SECONDS", default_value_t = 4.0, hide = true)]
     measure_seconds: f64,
@@ -220,7 +224,11 @@ impl Lab {
         ));
         let model = ModelSource::Size(Size::Million1);
         let tokenizer = TokenizerSource::Train { vocabulary_size: LAB_VOCABULARY };
-        let configure = move |config: &mut RunConfig| configure(config, sites);
+        overrides::check(&Size::Million1.config("lab", LAB_VOCABULARY), &args.overrides)?;
+        let configure = |config: &mut RunConfig| {
+            configure(config, sites);
+            overrides::apply(config, &args.overrides);
+        };
         let options = InitOptions { corpus, tokenizer, model, configure: &configure };
         create(&self.run_folder(), options, &mut |_| {})?;
         let (config, _) = RunFolder::new(self.run_folder()).config()?;
@@ -267,14 +275,16 @@ impl Lab {
     /// Sets the number of steps by the time that is given, and writes it into `run.toml`.
     fn plan(&self, mut config: RunConfig, args: &Args, alone: &[f64]) -> Result<RunConfig, Failure> {
         let rounds = args.rounds.unwrap_or_else(|| {
-            let round_tokens = config.train.batch_samples as u64 * config.data.sequence_length as u64 * INNER_STEPS;
+            let step_tokens = config.train.batch_samples as u64 * config.data.sequence_length as u64;
+            let round_tokens = step_tokens * config.steps_per_round();
             let tokens = args.minutes * 60.0 * alone.iter().sum::<f64>() * PLANNED_UTILISATION;
             ((tokens / round_tokens as f64) as u64).max(2)
         });
-        config.train.steps = rounds * INNER_STEPS;
+        config.train.steps = rounds * config.steps_per_round();
         config.train.warmup_steps = (config.train.steps / 20).max(1);
         config.evaluate.every_rounds = rounds.div_ceil(EVALUATIONS);
         config.checkpoint.every_rounds = rounds.div_ceil(EVALUATIONS);
+        overrides::apply(&mut config, &args.overrides);
         config.validate()?;
         let path = self.run_folder().join(RUN_FILE);
         std::fs::write(&path, run_file::render(&config))
