@@ -1,7 +1,8 @@
 """The shared memory file in which numbers travel: tokens in, parameters both ways.
 
-The agent makes the file, both sides map it. A place is a byte offset, 64-byte aligned; numbers are little-endian f32 and
-i32. A tensor made here is a view: it is valid until the request it belongs to is answered, for the agent writes there next.
+The agent makes the file, both sides map it. A place is a byte offset, 64-byte aligned; numbers are little-endian f32
+and i32. A tensor made here is a view: it is valid until the request it belongs to is answered, for the agent writes
+there next.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Device strings, and everything that is asked of a device without naming its maker.
 
-PyTorch gives every kind of device a module of the same shape (`torch.get_device_module`); plug-ins of makers register one
-under their own name. Makers' names appear in the table below and nowhere else in this package.
+PyTorch gives every kind of device a module of the same shape (`torch.get_device_module`); plug-ins of makers register
+one under their own name. Makers' names appear in the table below and nowhere else in this package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from .errors import EngineError, first_line
 
-#: The oldest torch that has `torch.accelerator`, `get_total_norm`, and FSDP2 under its public name.
+#: The oldest torch that has `torch.accelerator` and FSDP2 under its public name.
 TORCH_MINIMUM = (2, 6)
 
 
@@ -209,7 +209,7 @@ def _opened(text: str, torch_device: torch.device, module: ModuleType) -> Device
     device = Device(text, torch_device, module)
     if not device.is_accelerator:
         return device
-    if not device._ask("is_available", default=False):
+    if not device._ask("is_available", default=device._ask("device_count", default=0) > 0):
         raise EngineError("device", text, f"torch {torch.__version__} finds none of this kind; {seen()}")
     count = int(device._ask("device_count", default=1))
     index = torch_device.index

@@ -1,8 +1,8 @@
-"""Several ranks that act as one engine: who speaks with the agent, how the others hear of it, how parameters are sharded.
+"""Several ranks that act as one engine: who speaks with the agent, how others hear of it, how parameters are sharded.
 
 Rank 0 holds the connection; every request goes to the others as bytes. All ranks run on one machine and map the same
-arena, so each reads its samples and its part of the parameters there and writes its part of a result: nothing is gathered,
-and what is saved does not depend on the number of ranks.
+arena, so each reads its samples and its part of the parameters there and writes its part of a result: nothing is
+gathered, and what is saved does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ class RankGroup(Group):
     def share_request(self, request: bytes | None) -> bytes:
         length = torch.tensor([len(request) if request is not None else 0])
         self._distributed.broadcast(length, src=0, group=self._control)
-        if request is None:
-            payload = torch.empty(int(length), dtype=torch.uint8)
-        else:
-            payload = torch.frombuffer(bytearray(request), dtype=torch.uint8)
-        self._distributed.broadcast(payload, src=0, group=self._control)
-        return payload.numpy().tobytes() if request is None else request
+        if int(length) == 0:
+            return b""
+        payload = bytearray(request if request is not None else int(length))
+        self._distributed.broadcast(torch.frombuffer(payload, dtype=torch.uint8), src=0, group=self._control)
+        return bytes(payload)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._distributed.all_reduce(tensor)
+        on_host = tensor.device.type == "cpu"
+        self._distributed.all_reduce(tensor, group=self._control if on_host else None)
         return tensor
 
     def all_well(self, well: bool) -> bool:

@@ -1,8 +1,8 @@
 """The engine: an inner step is forward and backward over micro-batches, the gradient's norm, one optimiser step.
 
-A micro-batch's loss is its summed cross-entropy over the tokens of the WHOLE batch, so that gradients of micro-batches, and
-of ranks, add up to the gradient of the mean loss. Loss and norm are known to be finite before a parameter is touched.
-bf16 is for matrix products only (autocast): weights, norms, softmax, loss and optimiser are f32.
+A micro-batch's loss is its summed cross-entropy over the tokens of the WHOLE batch, so that gradients of micro-batches,
+and of ranks, add up to the gradient of the mean loss. Loss and norm are known to be finite before a parameter is
+touched. bf16 is for matrix products (autocast): weights, norms, softmax, loss and optimiser are f32.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Engine:
                 for micro_batch, weight in self._micro_batches(tokens):
                     with self._autocast():
                         nats = self._forward(micro_batch)
-                    total += weight * nats.double().cpu()
-            return float(self._group.sum(total.to(self._sum_device())))
+                    total += weight * nats.cpu().double()
+            return float(self._group.sum(total))
 
         return self._or_eager(summed)
 
@@ -170,8 +170,8 @@ class Engine:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.get_total_norm(self._gradients())
-        return self._finite(loss, norm)
+        norms = torch.stack(torch._foreach_norm(self._gradients()))
+        return self._finite(loss, torch.linalg.vector_norm(norms))
 
     def _finite(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
         """Both over all ranks, by one exchange and one wait for the device."""
@@ -185,8 +185,8 @@ class Engine:
     def _micro_batches(self, tokens: torch.Tensor) -> Iterator[tuple[torch.Tensor, float]]:
         """This rank's samples in parts on the device, each with its weight.
 
-        Every rank must come to as many forward passes as the others: one whose samples are used up repeats a sample with
-        weight 0.
+        Every rank must come to as many forward passes as the others: one whose samples are used up repeats a sample
+        with weight 0.
         """
         first, last = self._group.samples(tokens.shape[0])
         most = -(-tokens.shape[0] // self._group.size)
@@ -223,9 +223,6 @@ class Engine:
     def _clear_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-
-    def _sum_device(self) -> torch.device:
-        return self._device.torch_device if self._group.size > 1 else torch.device("cpu")
 
     def _check_batch(self, tokens: torch.Tensor) -> None:
         samples, positions = tokens.shape[0], tokens.shape[1] - 1

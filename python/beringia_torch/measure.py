@@ -18,7 +18,7 @@ COPY_BYTES_CPU, COPY_BYTES_ACCELERATOR = 1 << 28, 1 << 30
 
 
 def measure(device: Device, seconds: float) -> dict[str, float | None]:
-    """Matrix rates in 10^12 operations a second, copy in 10^9 bytes read and written a second; a third of the time each."""
+    """Matrix rates in 10^12 operations a second, copy in 10^9 bytes read and written a second: a third of it each."""
     size = MATRIX_SIZE_ACCELERATOR if device.is_accelerator else MATRIX_SIZE_CPU
     part = seconds / 3
     return {

@@ -162,6 +162,11 @@ def _llama3_frequencies(frequencies: torch.Tensor, rope: dict[str, Any]) -> torc
     return torch.where(is_between, between, slowed)
 
 
+def _linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+    """Without PyTorch's own first values, which `Llama` replaces."""
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+
+
 class RmsNorm(nn.Module):
     """x / √(mean(x²) + ε) ⊙ w (Zhang and Sennrich 2019, equation 4), in f32 whatever comes in."""
 
@@ -188,10 +193,10 @@ class Attention(nn.Module):
         super().__init__()
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = _linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = _linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = _linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = _linear(query_size, config.hidden_size, bias=config.attention_bias)
         self.head_size = config.head_dim
         self.repeat = config.num_attention_heads // config.num_key_value_heads
 
@@ -218,9 +223,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = _linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_bth: torch.Tensor) -> torch.Tensor:
         """`[b, t, h]` to the same."""
@@ -248,7 +253,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         frequencies = inverse_frequencies(config.rope, config.head_dim)
@@ -275,7 +280,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = _linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for module in self.modules():

@@ -1,7 +1,7 @@
 """The flat vector that an engine exchanges: all parameters one after the other, in the order of `named_parameters`.
 
 A rank holds of each parameter a run of rows, so an interval of the flat vector. Ranges of the vector are copied to and
-from the arena by cutting them with those intervals: one rank holds them all, several write to the same arena side by side.
+from the arena by cutting them with those intervals: one rank holds them all, several write to one arena side by side.
 """
 
 from __future__ import annotations

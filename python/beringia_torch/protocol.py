@@ -1,8 +1,8 @@
 """Frames on the socket, and typed access to the fields of a request.
 
-A frame is a little-endian u32 length and that many bytes of UTF-8 JSON, one object. Nothing that the other side says is
-believed before it is checked: a length is compared with its bound before a byte is read, a field with its type and range.
-This file does not import torch, so that a missing or old torch can be reported over the same socket.
+A frame is a little-endian u32 length and that many bytes of UTF-8 JSON, one object. Nothing that the other side says
+is believed before it is checked: a length is compared with its bound before a byte is read, a field with its type and
+range. This file does not import torch, so that a missing or old torch can be reported over the same socket.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def write_frame(connection: socket.socket, message: dict[str, Any]) -> None:
     """Sends one object. Numbers that are not finite are our own mistake: JSON has none."""
     payload = json.dumps(message, allow_nan=False).encode()
     if len(payload) > FRAME_BYTES_MAX:
-        error = EngineError("internal", "answer", f"an answer of {len(payload)} bytes, the longest is {FRAME_BYTES_MAX}")
+        reason = f"an answer of {len(payload)} bytes, the longest is {FRAME_BYTES_MAX}"
+        error = EngineError("internal", "answer", reason)
         payload = json.dumps({"error": error.as_json()}).encode()
     try:
         connection.sendall(_LENGTH.pack(len(payload)) + payload)

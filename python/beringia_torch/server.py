@@ -107,9 +107,9 @@ class Handler:
 
     def _init(self, request: Request) -> Answer:
         settings = TrainSettings.parse(request.object("train"))
-        # One that was there goes first: the device may not hold both.
-        self._engine = None
         built = model.build(request.object("model"), request.optional_integer("seed", 0, 2**63 - 1))
+        # One that was there goes before the new one comes to the device, which may not hold both.
+        self._engine = None
         self._engine = Engine(
             built, settings, self._device, self._group, precision=self._precision, compiled=self._compiled
         )

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 PACKAGE_FOLDER = pathlib.Path(__file__).resolve().parent.parent
+# Every test imports this file before the package, which need not be installed.
+sys.path.insert(0, str(PACKAGE_FOLDER))
 START_SECONDS_MAX = 60
 ANSWER_SECONDS_MAX = 60
 
@@ -60,6 +62,13 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Agent:
     """One engine process (or one of several ranks) and the connection to it; use as a context."""
 
@@ -71,7 +80,9 @@ class Agent:
         self._listener.listen(1)
         command = [sys.executable, "-u"]
         if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            # Not --standalone: its rendezvous keeps a pickle where any user of this machine could put another.
+            place = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+            command += ["-m", "torch.distributed.run", "--nnodes", "1", *place, "--nproc-per-node", str(ranks)]
         command += ["-m", "beringia_torch", "--socket", str(path), *options]
         self._stderr = open(self._folder / "stderr", "w+", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(

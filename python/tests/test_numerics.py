@@ -40,7 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def reference_of(config: dict[str, Any]) -> torch.nn.Module:
     """The model of `transformers`, without dropout, in f32."""
-    chosen = {key: value for key, value in config.items() if key not in ("model_type", "torch_dtype") and value is not None}
+    left_out = ("model_type", "torch_dtype")
+    chosen = {key: value for key, value in config.items() if key not in left_out and value is not None}
     built = transformers.AutoConfig.for_model(config["model_type"], **chosen)
     return transformers.AutoModelForCausalLM.from_config(built).float().eval()
 
@@ -153,7 +154,7 @@ class Numerics(unittest.TestCase):
     def test_twenty_steps_are_those_of_torch_optim(self) -> None:
         self.check_steps(TINY_LLAMA, 20)
         self.check_steps({**TINY_LLAMA, "tie_word_embeddings": True}, 20)
-        # The gradient of a key's bias is zero but for rounding, and AdamW with a small ε would make steps of that noise.
+        # The gradient of a key's bias is zero but for rounding; AdamW with a small ε would make steps of that noise.
         self.check_steps({"model_type": "gpt2", **FAMILIES["gpt2"]}, 5, epsilon=1e-3)
 
     def test_sgd_follows_the_gradient(self) -> None:

@@ -54,7 +54,8 @@ class Abuse(unittest.TestCase):
     def test_frames_that_are_no_requests(self) -> None:
         deep = b"[" * 200_000
         digits = b'{"op":' + b"1" * 10_000 + b"}"
-        for frame in (b"", b"\xff\xfe", b"{", b"[]", b"null", b'"op"', b"{}", b'{"op":1}', b'{"op":"sing"}', deep, digits):
+        frames = [b"", b"\xff\xfe", b"{", b"[]", b"null", b'"op"', b"{}", b'{"op":1}', b'{"op":"sing"}', deep, digits]
+        for frame in frames:
             self.agent.send_bytes(frame)
             with self.subTest(frame[:20]), self.assertRaises(Refused) as caught:
                 self.agent.receive()
@@ -150,7 +151,8 @@ class Endings(unittest.TestCase):
 
     def test_requests_before_there_is_a_model(self) -> None:
         with Agent() as agent:
-            for op in ("evaluate", "gradient", "logits", "read", "write", "save", "restore", "inner_step", "micro_batch"):
+            steps = ("inner_step", "gradient", "evaluate", "logits", "micro_batch")
+            for op in (*steps, "read", "write", "save", "restore"):
                 with self.subTest(op), self.assertRaises(Refused) as caught:
                     agent.call(op, learning_rate=0.1, length=1, ranges=[], optimizer_steps=0, **BATCH)
                 self.assertEqual(caught.exception.kind, "internal")

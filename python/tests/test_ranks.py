@@ -11,9 +11,9 @@ import unittest
 import torch
 from agent import TINY_LLAMA, Agent, Refused, distance, random_tokens
 
-#: Run by every Python process of the engine before anything else: a pickle that is read is an error.
+#: Run by every Python process, torchrun's included, before anything else: a pickle that is read is an error.
 NO_PICKLE = """
-import os, pickle, _pickle
+import pickle, _pickle
 
 class Refusing(pickle.Unpickler):
     def load(self):
@@ -22,10 +22,8 @@ class Refusing(pickle.Unpickler):
 def refuse(*arguments, **options):
     raise AssertionError("a pickle was read")
 
-# torchrun itself keeps its own state as a pickle; the engine's processes are those that have a rank, or the only one.
-if "RANK" in os.environ or os.environ.get("ENGINE_IS_ALONE"):
-    pickle.load = pickle.loads = _pickle.load = _pickle.loads = refuse
-    pickle.Unpickler = _pickle.Unpickler = Refusing
+pickle.load = pickle.loads = _pickle.load = _pickle.loads = refuse
+pickle.Unpickler = _pickle.Unpickler = Refusing
 """
 
 
@@ -49,7 +47,7 @@ class Ranks(unittest.TestCase):
     def test_ranks_compute_what_one_does(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             pathlib.Path(folder, "sitecustomize.py").write_text(NO_PICKLE)
-            alone = Agent("--threads", "1", PYTHONPATH=folder, ENGINE_IS_ALONE="1")
+            alone = Agent("--threads", "1", PYTHONPATH=folder)
             pair = Agent("--threads", "1", ranks=2, PYTHONPATH=folder)
             with alone, pair:
                 self.assertEqual(pair.hello["rank_count"], 2)

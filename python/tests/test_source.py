@@ -26,7 +26,7 @@ def violations(text: str) -> list[str]:
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             found += [f"{name} runs text"] if name in ("eval", "exec") else []
-            found += [f"{name} {why}" for call, why in FORBIDDEN_CALLS.items() if name == call or name.endswith(f".{call}")]
+            found += [f"{name} {why}" for call, why in FORBIDDEN_CALLS.items() if f".{name}".endswith(f".{call}")]
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         found += [f"imports {module}" for module in modules if FORBIDDEN_MODULES & set(module.split("."))]
