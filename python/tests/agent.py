@@ -19,8 +19,8 @@ import torch
 PACKAGE_FOLDER = pathlib.Path(__file__).resolve().parent.parent
 # Every test imports this file before the package, which need not be installed.
 sys.path.insert(0, str(PACKAGE_FOLDER))
-START_SECONDS_MAX = 60
-ANSWER_SECONDS_MAX = 60
+START_SECONDS_MAX = 120
+ANSWER_SECONDS_MAX = 120
 
 TINY_LLAMA = {
     "model_type": "llama",
@@ -85,8 +85,10 @@ class Agent:
             command += ["-m", "torch.distributed.run", "--nnodes", "1", *place, "--nproc-per-node", str(ranks)]
         command += ["-m", "beringia_torch", "--socket", str(path), *options]
         self._stderr = open(self._folder / "stderr", "w+", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        # torchrun leaves a folder for logs behind: here it goes with the rest.
+        variables = environment(TMPDIR=str(self._folder), **variables)
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self._stderr, env=environment(**variables), start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=self._stderr, env=variables, start_new_session=True
         )
         self._listener.settimeout(START_SECONDS_MAX)
         self._arena: mmap.mmap | None = None
@@ -110,7 +112,7 @@ class Agent:
             self.connection.close()
         self._listener.close()
         try:
-            self.process.wait(20)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -160,7 +160,7 @@ class Endings(unittest.TestCase):
             self.assertEqual((hello["protocol"], hello["rank_count"]), (1, 1))
             self.assertEqual((hello["torch"], hello["pid"]), (torch.__version__, agent.process.pid))
             agent.call("close")
-            agent.process.wait(20)
+            agent.process.wait(60)
             self.assertEqual((agent.process.returncode, agent.stderr()), (0, ""))
         self.assertEqual(agent.output, b"", "standard output is not for engines")
 
@@ -172,12 +172,12 @@ class Endings(unittest.TestCase):
             self.assertEqual(caught.exception.kind, "internal")
             with self.assertRaises(EOFError):
                 agent.receive()
-            agent.process.wait(20)
+            agent.process.wait(60)
             self.assertEqual(agent.process.returncode, 1)
 
     def check_quiet_end(self, agent: Agent) -> None:
         agent.connection.close()
-        agent.process.wait(20)
+        agent.process.wait(60)
         self.assertEqual((agent.process.returncode, agent.stderr()), (0, ""))
 
     def test_the_end_of_the_connection_is_the_end(self) -> None:

@@ -61,7 +61,7 @@ class Ranks(unittest.TestCase):
                 self.assertTrue(torch.equal(alone.save()["first"], state["first"]))
                 self.check_three_resume(state, alone)
                 pair.connection.close()
-                pair.process.wait(30)
+                pair.process.wait(60)
                 self.assertEqual(pair.process.returncode, 0, pair.stderr())
         self.assertEqual(pair.output, b"")
 
