@@ -1,17 +1,18 @@
-//! The shared memory that tensors travel in: a file on a memory file system which Python maps and this side reads and
-//! writes by position.
+//! The shared memory that tensors travel in: a file on a memory file system which both sides map.
 //!
 //! Its pages are reserved when it is made: a file system that is too small (Docker gives `/dev/shm` 64 MiB) then says so
-//! at once, where a mapped sparse file would kill whichever process touches the page too many. The name is removed as
+//! at once, where a sparse file would kill whichever process touches the page too many. The name is removed as
 //! soon as Python has mapped it, so the memory goes when the two processes go, however they end.
 //!
-//! Why not map it here too: measured on one core, 20 MB at a time, `pread` and `pwrite` copy as fast as a mapping
-//! (docs/torch.md), and a file that another process cut short is an error and not a SIGBUS.
+//! Why it is mapped, where reading and writing by position would need no `unsafe`: measured on one core, a mapping copies
+//! 20 MB at 14.7 GB/s and 400 MB at 9 to 11 GB/s, `pread` and `pwrite` at 9 and 3 GB/s. A model of 400M parameters moves
+//! 6.4 GB at the end of a round.
 
+use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::ptr;
 use tempfile::TempPath;
 
 /// Every tensor starts on a cache line.
@@ -26,12 +27,13 @@ pub(crate) const ELEMENT_BYTES: u64 = 4;
 /// Where memory files live on Linux.
 const SHARED_MEMORY_FOLDER: &str = "/dev/shm";
 
-/// An open shared file of fixed length.
+/// A mapped file of fixed length.
 #[derive(Debug)]
 pub(crate) struct Arena {
     file: File,
     /// Removes the file when it is dropped.
     path: Option<TempPath>,
+    mapped: MmapRaw,
     bytes: u64,
 }
 
@@ -50,7 +52,10 @@ impl Arena {
         // Mode 0600, and a name that nobody can guess.
         let (file, path) = tempfile::Builder::new().prefix("beringia-").tempfile_in(folder)?.into_parts();
         reserve(&file, bytes)?;
-        Ok(Self { file, path: Some(path), bytes })
+        let length = usize::try_from(bytes).map_err(io::Error::other)?;
+        // The pages are there: entering them now saves a fault for each.
+        let mapped = MmapOptions::new().len(length).populate().map_raw(&file)?;
+        Ok(Self { file, path: Some(path), mapped, bytes })
     }
 
     /// Where Python finds it, until [`Arena::unlink`].
@@ -67,12 +72,34 @@ impl Arena {
         self.path = None;
     }
 
+    /// Copies `values` to `offset`.
     pub(crate) fn write<T: bytemuck::NoUninit>(&self, offset: u64, values: &[T]) -> io::Result<()> {
-        self.file.write_all_at(bytemuck::cast_slice(values), offset)
+        let source: &[u8] = bytemuck::cast_slice(values);
+        let start = self.place(offset, source.len())?;
+        // SAFETY: `place` has checked that the bytes lie within the mapping, which lives as long as `self` and belongs to nobody
+        // else in this process; the slice is elsewhere. No reference to the mapping is made, so what the other process does to
+        // it meanwhile can only be a wrong number.
+        unsafe { ptr::copy_nonoverlapping(source.as_ptr(), self.mapped.as_mut_ptr().add(start), source.len()) };
+        Ok(())
     }
 
+    /// Copies what is at `offset` to `values`.
     pub(crate) fn read(&self, offset: u64, values: &mut [f32]) -> io::Result<()> {
-        self.file.read_exact_at(bytemuck::cast_slice_mut(values), offset)
+        let target: &mut [u8] = bytemuck::cast_slice_mut(values);
+        let start = self.place(offset, target.len())?;
+        // SAFETY: as in `write`; every pattern of bits is an f32.
+        unsafe { ptr::copy_nonoverlapping(self.mapped.as_ptr().add(start), target.as_mut_ptr(), target.len()) };
+        Ok(())
+    }
+
+    /// `offset` in the mapping, if `length` bytes follow and the file still has them: touching a page that the other side
+    /// has cut off would end this process.
+    fn place(&self, offset: u64, length: usize) -> io::Result<usize> {
+        let end = offset.checked_add(length as u64).filter(|end| *end <= self.bytes);
+        match (end, usize::try_from(offset)) {
+            (Some(_), Ok(start)) if self.file.metadata()?.len() >= self.bytes => Ok(start),
+            _ => Err(io::Error::other(format!("{length} bytes at {offset} are not in a file of {}", self.bytes))),
+        }
     }
 }
 
@@ -86,7 +113,8 @@ fn reserve(file: &File, bytes: u64) -> io::Result<()> {
 #[cfg(not(target_os = "linux"))]
 fn reserve(file: &File, bytes: u64) -> io::Result<()> {
     let zeros = vec![0; GRANULE_BYTES as usize];
-    (0..bytes / GRANULE_BYTES).try_for_each(|index| file.write_all_at(&zeros, index * GRANULE_BYTES))
+    (0..bytes / GRANULE_BYTES)
+        .try_for_each(|index| std::os::unix::fs::FileExt::write_all_at(file, &zeros, index * GRANULE_BYTES))
 }
 
 /// Lays tensors one after the other.

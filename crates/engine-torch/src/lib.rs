@@ -9,8 +9,10 @@
 //! shared memory; `places` the two orders of the parameters; `engine` puts them together.
 //!
 //! What comes out of the other process is treated as input, not as truth: every length, count and number is checked
-//! before it is used. There is no `unsafe` code: the shared file is read and written by position, not mapped, so a
-//! file that the other side cut short is an error and not a crash.
+//! before it is used.
+//!
+//! # Unsafe code
+//! Only in `arena`, where bytes are copied to and from the mapping; each use states why it is sound.
 
 #[cfg(target_endian = "big")]
 compile_error!("tensors are exchanged as little-endian f32: a big-endian host would have to swap them");
