@@ -1,6 +1,7 @@
-//! What the seam between the agent and PyTorch costs: `cargo run --release -p engine-torch --example seam -- cpu [THREADS]`.
+//! What the seam between the agent and PyTorch costs: `cargo run --release -p engine-torch --example seam -- cpu [THREADS] [on]`,
+//! where `on` turns `torch.compile` on.
 //!
-//! One model of 4.95M parameters (h 256, 6 layers, 8 heads, f 704, vocabulary 512), T 256, batch 8, f32, eager. A step as
+//! One model of 4.95M parameters (h 256, 6 layers, 8 heads, f 704, vocabulary 512), T 256, batch 8. A step as
 //! the agent sees it, over the same step as Python times it; and bytes a second of all parameters read, written, and
 //! written with the optimiser remembered.
 #![allow(clippy::print_stdout)] // It is a program that prints.
@@ -34,7 +35,8 @@ fn main() -> Result<(), EngineError> {
     let mut arguments = std::env::args().skip(1);
     let device = arguments.next().unwrap_or_else(|| "cpu".to_owned());
     let threads = arguments.next().and_then(|count| count.parse().ok()).unwrap_or(1);
-    let options = TorchOptions { threads: Some(threads), compile: Compile::Off, ..TorchOptions::new(device) };
+    let compile = if arguments.next().as_deref() == Some("on") { Compile::On } else { Compile::Off };
+    let options = TorchOptions { threads: Some(threads), compile, ..TorchOptions::new(device) };
     let shape = shape();
     let model = ModelDescription::Llama(shape.clone());
     let start = Instant::now();

@@ -36,7 +36,7 @@ impl TorchProcess {
     /// As [`describe_model`].
     pub fn describe(&mut self, config: &Value, seed: u64) -> Result<DescribedModel, EngineError> {
         let train = Train::from(&TrainSection::default());
-        let built: Initialised = self.ask(&Request::Init { model: config, train, seed: Some(seed) })?;
+        let built: Initialised = self.ask_in_time(&Request::Init { model: config, train, seed: Some(seed) })?;
         count_elements(&built.parameters).map_err(|reason| self.distrust(reason))?;
         let schema = ParameterSchema::new(built.parameters.iter().cloned());
         let places = Places::new(&schema, &built.parameters)?;

@@ -480,7 +480,7 @@ fn initialise(
     train: &TrainSection,
 ) -> Result<(TorchDevice, Places), EngineError> {
     let request = Request::Init { model: &model.config(), train: Train::from(train), seed: None };
-    let built: Initialised = process.ask(&request)?;
+    let built: Initialised = process.ask_in_time(&request)?;
     count_elements(&built.parameters).map_err(|reason| process.distrust(reason))?;
     let places = Places::new(schema, &built.parameters)?;
     Ok((built.device, places))

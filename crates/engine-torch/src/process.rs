@@ -31,6 +31,10 @@ const END_PATIENCE: Duration = Duration::from_secs(3);
 /// How long a process that was asked to close may take, before it is killed.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long building a model may take at least: a random matrix is drawn at some 10^8 elements a second, so ten minutes are
+/// enough for 60 · 10^9 parameters.
+const BUILD_PATIENCE: Duration = Duration::from_secs(600);
+
 /// How long the rest of stderr is waited for after the end of the process.
 const TAIL_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -43,6 +47,8 @@ pub struct TorchProcess {
     tail: Tail,
     arena: Option<Arena>,
     versions: String,
+    /// Until when the call in progress may last; `None`: until somebody interrupts it.
+    deadline: Option<Instant>,
     /// Why it cannot be used any more.
     gone: Option<String>,
 }
@@ -91,6 +97,7 @@ impl TorchProcess {
                 tail,
                 arena: None,
                 versions: String::new(),
+                deadline: None,
                 gone: None,
             },
             Err(failure) => return Err(start_error(options, &failure, leash, &tail)),
@@ -162,6 +169,18 @@ impl TorchProcess {
         }
     }
 
+    /// As [`TorchProcess::ask`] before anybody can interrupt: the wait has an end.
+    pub(crate) fn ask_in_time<T>(&mut self, request: &Request<'_>) -> Result<T, EngineError>
+    where
+        T: for<'de> Deserialize<'de>,
+    {
+        let patience = Duration::from_secs(self.options.connect_seconds).max(BUILD_PATIENCE);
+        self.deadline = Some(Instant::now() + patience);
+        let answer = self.ask(request);
+        self.deadline = None;
+        answer
+    }
+
     /// Asks for something that answers nothing but that it was done.
     pub(crate) fn tell(&mut self, request: &Request<'_>) -> Result<(), EngineError> {
         match self.ask::<Done>(request)?.ok {
@@ -210,7 +229,7 @@ impl TorchProcess {
 
     fn exchange(&mut self, request: &Request<'_>) -> Result<Vec<u8>, Failure> {
         self.send(request)?;
-        self.receive(None)
+        self.receive(self.deadline)
     }
 
     fn send(&mut self, request: &Request<'_>) -> Result<(), Failure> {
@@ -225,7 +244,7 @@ impl TorchProcess {
             match self.connection.write(rest) {
                 Ok(0) => return Err(Failure::Ended),
                 Ok(written) => rest = &rest[written..],
-                Err(error) => self.judge(&error, None)?,
+                Err(error) => self.judge(&error, self.deadline)?,
             }
         }
         Ok(())
@@ -428,7 +447,7 @@ fn why_gone(failure: &Failure, leash: &Leash, tail: &Tail) -> String {
     leash.end(END_PATIENCE);
     let reason = match (failure, ended) {
         (Failure::Broken(reason), _) => return format!("{reason}; it was ended"),
-        (Failure::Late, _) => return "it did not connect and say hello in time; it was ended".to_owned(),
+        (Failure::Late, _) => return "it did not answer in time; it was ended".to_owned(),
         (Failure::Ended, _) if interrupted => "it was ended because it did not answer".to_owned(),
         (Failure::Ended, Some(status)) => describe_end(status),
         (Failure::Ended, None) => "its connection ended".to_owned(),
