@@ -222,10 +222,14 @@ pub async fn join(
         slowdown: options.slowdown,
     };
     let (connection, welcome) = greet(&identity, &traffic, &options.invite, hello).await?;
+    let (mut sender, receiver) = connection.split();
+    let (directives_in, directives) = mpsc::channel(RESULTS_MAX);
+    tokio::spawn(receive(receiver, options.invite.address().to_owned(), directives_in));
     let client = BlobClient::new(identity, traffic.clone());
     let coordinator =
         Holder { address: options.invite.address().to_owned(), fingerprint: options.invite.fingerprint() };
-    let config = fetch_run(&options.folder, &welcome, &client, &coordinator, |_| {}).await?;
+    let fetched = fetch_run(&options.folder, &welcome, &client, &coordinator, |_| {});
+    let config = pulsing(&mut sender, fetched).await?;
     let reporter = Arc::new(Mutex::new(reporter));
     let folder = options.folder.clone();
     let prepared = {
@@ -233,10 +237,7 @@ pub async fn join(
         let (slowdown, site) = (options.slowdown, welcome.site);
         tokio::task::spawn_blocking(move || prepare(folder, config, make_engine, slowdown, site, reporter))
     };
-    let worker = prepared.await.map_err(|_| AgentError::Internal)??;
-    let (sender, receiver) = connection.split();
-    let (directives_in, directives) = mpsc::channel(RESULTS_MAX);
-    tokio::spawn(receive(receiver, options.invite.address().to_owned(), directives_in));
+    let worker = pulsing(&mut sender, prepared).await.map_err(|_| AgentError::Internal)??;
     let first = welcome.site == SiteId(0) && worker.saved.commit.round == Round(0);
     let agent = Agent::new(worker, config, client, sender, traffic, reporter, &options);
     agent.job(Job::Prepare {
@@ -245,6 +246,18 @@ pub async fn join(
         evaluate: first,
     });
     agent.run(listener, directives, std::pin::pin!(stop)).await
+}
+
+/// Does what may take minutes (fetching data, starting an engine) without falling silent.
+async fn pulsing<T>(sender: &mut Sender, work: impl Future<Output = T>) -> T {
+    let (mut work, mut pulse) = (std::pin::pin!(work), tokio::time::interval(PULSE));
+    loop {
+        tokio::select! {
+            result = &mut work => return result,
+            // A coordinator that is gone is noticed by the receiving task.
+            _ = pulse.tick() => { let _lost = sender.send_timeout(&FromSite::Pulse, COORDINATOR_SILENCE_MAX).await; }
+        }
+    }
 }
 
 /// Everything that takes a while before the engine's thread can start.

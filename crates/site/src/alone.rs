@@ -142,29 +142,29 @@ impl Alone<'_> {
         if step == 0 {
             return Ok(true);
         }
-        Ok(save_checkpoint(self.folder, self.config, &self.state, Round(step), &schema, reporter))
+        let (is_saved, event) = save_checkpoint(self.folder, self.config, &self.state, Round(step), &schema);
+        reporter.emit(event);
+        Ok(is_saved)
     }
 }
 
-/// Saves, or gives false and says why not: a disk that is full must not stop training.
+/// Saves, and gives what is to be said of it: a disk that is full must not stop training, and a disk that is slow must not
+/// hold up who reports. True where the checkpoint is on the disk.
 pub(crate) fn save_checkpoint(
     folder: &RunFolder,
     config: &RunConfig,
     state: &TrainingState,
     number: Round,
     schema: &base::ParameterSchema,
-    reporter: &mut Reporter,
-) -> bool {
+) -> (bool, Event) {
     match state.save(&folder.checkpoints(), number, schema, config.checkpoint.keep) {
         Ok(saved) => {
             let path = saved.path.display().to_string();
-            reporter.emit(Event::CheckpointSaved { round: number, path, bytes: saved.bytes, seconds: saved.seconds });
-            true
+            (true, Event::CheckpointSaved { round: number, path, bytes: saved.bytes, seconds: saved.seconds })
         }
         Err(error) => {
             let message = format!("no checkpoint was saved, training goes on and the one before stays: {error}");
-            reporter.warn(message, error.hint());
-            false
+            (false, Event::Warning { message, hint: error.hint() })
         }
     }
 }

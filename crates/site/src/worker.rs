@@ -278,9 +278,10 @@ impl Worker {
         let global = Self::global(&self.state).clone();
         let state = TrainingState { global, inner, saved: self.saved.clone() };
         let schema = self.trainer.schema().clone();
-        let mut reporter = self.reporter.lock().unwrap_or_else(PoisonError::into_inner);
+        let (is_saved, event) = save_checkpoint(&self.folder, &self.config, &state, round, &schema);
+        self.emit(event);
         // What could not be saved now is tried again at the end.
-        if save_checkpoint(&self.folder, &self.config, &state, round, &schema, &mut reporter) {
+        if is_saved {
             self.saved_round = Some(round);
         }
         Ok(())

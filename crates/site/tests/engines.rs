@@ -13,7 +13,7 @@ use site::{AgentError, HANG_SECONDS_MIN, JoinOptions, RunFolder, TrainError, Tra
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use support::{Coordinated, Fault, Method, Run, TestEngine, Trouble, coordinate};
+use support::{Coordinated, Fault, Method, Pulses, Run, TestEngine, Trouble, coordinate, coordinate_with};
 use telemetry::{Event, EventLog, Reporter};
 
 /// No test takes longer: a busy machine may need many times what an idle one does.
@@ -58,12 +58,20 @@ fn options(name: usize, invite: wire::Invite, folder: RunFolder, hang_seconds_mi
 }
 
 async fn join(options: JoinOptions, engine: TestEngine) -> Joined {
+    join_after(options, engine, || {}).await
+}
+
+/// Joins with an engine that takes as long to make as `delay`.
+async fn join_after(options: JoinOptions, engine: TestEngine, delay: impl FnOnce() + Send + 'static) -> Joined {
     let folder = options.folder.clone();
     let events = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&events);
     let log = EventLog::open(&folder.events(), &options.name, Box::new(|| 0)).unwrap();
     let watcher = move |record: &telemetry::Record| seen.lock().unwrap().push(record.event.clone());
-    let make = Box::new(move |_: &RunConfig, _: &site::TrainingState| Ok(Box::new(engine) as Box<dyn engine::Engine>));
+    let make = Box::new(move |_: &RunConfig, _: &site::TrainingState| {
+        delay();
+        Ok(Box::new(engine) as Box<dyn engine::Engine>)
+    });
     let result = site::join(options, make, Reporter::new(log, Box::new(watcher)), std::future::pending()).await;
     let events = std::mem::take(&mut *events.lock().unwrap());
     Joined { result, events, folder }
@@ -242,6 +250,23 @@ fn an_engine_that_hangs_before_its_first_round_or_cannot_be_interrupted_is_left_
         runtime.shutdown_background();
         assert!(matches!(joined.result, Err(AgentError::EngineHung { .. })));
     }
+}
+
+#[test]
+fn a_site_whose_engine_takes_long_to_start_does_not_fall_silent() {
+    let run = Run::new(|config| config.sync.sites = 1);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (pulses, folder) = (Arc::new(Pulses::default()), run.site_folder("0"));
+    let heard = Arc::clone(&pulses);
+    // The first comes at once, the second after the interval that the coordinator relies on.
+    let delay = move || assert!(heard.wait_for(2, PATIENCE), "it fell silent");
+    let (coordinated, joined) = runtime.block_on(in_time(async {
+        let (invite, coordinated) = coordinate_with(&run, pulses).await;
+        let options = options(0, invite, folder, HANG_SECONDS_MIN);
+        let joined = join_after(options, with_faults(&run, &[]), delay).await;
+        (coordinated.await.unwrap(), joined)
+    }));
+    assert_eq!(coordinated.state_hash, Some(joined.result.unwrap().state_hash));
 }
 
 #[test]

@@ -6,8 +6,10 @@ use rounds::coordinator::Note;
 use rounds::plan::LeaveReason;
 use rounds::{Command, Coordinator, Event, LedgerTotals, Peer, Settings};
 use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use wire::message::{FromCoordinator, FromSite, Greeting, Role, Welcome};
 use wire::{Connection, Identity, Incoming, Invite, Listener, ListenerEvent, Secret, Traffic};
 
@@ -33,7 +35,28 @@ impl Coordinated {
     }
 }
 
+/// Pulses that the coordinator has heard, to be waited for.
+#[derive(Default)]
+pub(crate) struct Pulses {
+    heard: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Pulses {
+    fn hear(&self) {
+        *self.heard.lock().unwrap() += 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until there were so many; false where that takes longer than `patience`.
+    pub(crate) fn wait_for(&self, count: u64, patience: Duration) -> bool {
+        let heard = self.heard.lock().unwrap();
+        !self.changed.wait_timeout_while(heard, patience, |heard| *heard < count).unwrap().1.timed_out()
+    }
+}
+
 struct Shell {
+    pulses: Arc<Pulses>,
     coordinator: Coordinator,
     outboxes: BTreeMap<SiteId, mpsc::UnboundedSender<FromCoordinator>>,
     notes: Vec<Note>,
@@ -64,7 +87,12 @@ impl Shell {
 type Told = (SiteId, Option<FromSite>);
 
 /// Starts a coordinator; gives the invite, and what comes of it when every site has left.
-pub(crate) async fn coordinate(run: &Run) -> (Invite, tokio::task::JoinHandle<Coordinated>) {
+pub(crate) async fn coordinate(run: &Run) -> (Invite, JoinHandle<Coordinated>) {
+    coordinate_with(run, Arc::default()).await
+}
+
+/// As [`coordinate`], with an ear for pulses.
+pub(crate) async fn coordinate_with(run: &Run, pulses: Arc<Pulses>) -> (Invite, JoinHandle<Coordinated>) {
     let identity = Identity::generate().unwrap();
     let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), &identity, &Traffic::new()).await.unwrap();
     let (address, secret) = (listener.address().to_string(), Secret::generate().unwrap());
@@ -72,7 +100,8 @@ pub(crate) async fn coordinate(run: &Run) -> (Invite, tokio::task::JoinHandle<Co
     let initial = run.initial_state().global;
     let settings = Settings::new(&run.config, (initial.parameters.len() * size_of::<f32>()) as u64);
     let (coordinator, _) = Coordinator::recover(settings, initial.hash(), []);
-    let shell = Shell { coordinator, outboxes: BTreeMap::new(), notes: Vec::new(), began: Instant::now(), done: false };
+    let shell =
+        Shell { pulses, coordinator, outboxes: BTreeMap::new(), notes: Vec::new(), began: Instant::now(), done: false };
     let welcome =
         Welcome { site: SiteId(0), run_toml: run.config.to_toml(), model_hash: run.config.model_hash(), files: vec![] };
     (invite, tokio::spawn(serve(shell, listener, welcome)))
@@ -88,6 +117,7 @@ async fn serve(mut shell: Shell, mut listener: Listener, welcome: Welcome) -> Co
             },
             Some((site, said)) = told.recv() => match said {
                 Some(FromSite::Report(report)) => shell.decide(Event::Reported(site, report)),
+                Some(FromSite::Pulse) => shell.pulses.hear(),
                 Some(_) => {}
                 None => shell.decide(Event::Disconnected(site, LeaveReason::ConnectionLost)),
             },

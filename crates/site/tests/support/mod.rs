@@ -8,7 +8,7 @@
 mod coordinator;
 mod engine;
 
-pub(crate) use coordinator::{Coordinated, coordinate};
+pub(crate) use coordinator::{Coordinated, Pulses, coordinate, coordinate_with};
 pub(crate) use engine::{Fault, Method, TestEngine, Trouble};
 
 use base::{ModelShape, RunConfig};
