@@ -8,7 +8,7 @@ use crate::folder::{FolderError, RunFolder};
 use crate::join::{JoinError, conversation, fetch_run, greet};
 use crate::state::TrainingState;
 use crate::trainer::{TrainError, Trainer};
-use crate::watchdog::{EngineWatch, Hang};
+use crate::watchdog::{EngineWatch, Hang, HangBounds};
 use crate::worker::{Done, Job, Worker};
 use base::{ContentHash, Hint, Round, RunConfig, SiteId};
 use bytes::Bytes;
@@ -78,9 +78,8 @@ pub struct JoinOptions {
     pub slowdown: f64,
     /// Time for measuring the own speed before the first round.
     pub measure_seconds: f64,
-    /// No call of the engine is taken for hung before this time, [`crate::HANG_SECONDS_MIN`] unless the engine compiles for
-    /// longer than that.
-    pub hang_seconds_min: f64,
+    /// When a call of the engine is taken for hung.
+    pub hang: HangBounds,
 }
 
 /// Makes the engine once settings and state are known. Its error is shown to the user as it is.
@@ -325,15 +324,15 @@ struct EngineHandle {
     watch: Arc<EngineWatch>,
     interrupter: Option<Interrupter>,
     given_up: Arc<AtomicBool>,
-    hang_seconds_min: f64,
+    bounds: HangBounds,
 }
 
 impl EngineHandle {
-    fn new(worker: &mut Worker, hang_seconds_min: f64) -> Self {
+    fn new(worker: &mut Worker, bounds: HangBounds) -> Self {
         let watch = worker.trainer.watch();
         let engine = worker.trainer.engine();
         let (device, interrupter) = (describe_device(engine.device()), engine.interrupter());
-        Self { device, watch, interrupter, given_up: Arc::clone(&worker.given_up), hang_seconds_min }
+        Self { device, watch, interrupter, given_up: Arc::clone(&worker.given_up), bounds }
     }
 
     /// Ends its process, where it has one. Whatever that does, it does not hold up the caller.
@@ -390,7 +389,7 @@ impl Agent {
         let (done_in, done) = mpsc::channel(RESULTS_MAX);
         let (site, saved) = (worker.site, worker.saved.clone());
         let state: SharedState = Arc::clone(&worker.state);
-        let engine = EngineHandle::new(&mut worker, options.hang_seconds_min);
+        let engine = EngineHandle::new(&mut worker, options.hang);
         let (delta_bytes, state_bytes) = {
             let state = state.read().unwrap_or_else(PoisonError::into_inner);
             ((state.parameters.len() * size_of::<f32>()) as u64, state.encoded_bytes())
@@ -466,7 +465,7 @@ impl Agent {
                 Some(event) = listener.next() => self.visited(event),
                 Some(_) = self.visitors.join_next() => {}
                 _ = watch.tick() => {
-                    if let Some(hang) = self.engine.watch.overdue(self.engine.hang_seconds_min) {
+                    if let Some(hang) = self.engine.watch.overdue(self.engine.bounds) {
                         return Err(self.give_up(hang).await);
                     }
                 }

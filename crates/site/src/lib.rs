@@ -20,4 +20,4 @@ pub use folder::{FolderError, RunFolder};
 pub use join::JoinError;
 pub use state::{GlobalState, Mode, SavedState, TrainingState};
 pub use trainer::{Evaluation, TrainError, Trainer};
-pub use watchdog::HANG_SECONDS_MIN;
+pub use watchdog::HangBounds;

@@ -8,6 +8,7 @@
 use base::{Fragment, ParameterSchema, TokenBatch};
 use engine::numerics::Operation;
 use engine::{DeviceInfo, Engine, EngineError, EngineState, Interrupter, LossSum, StepReport};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -21,6 +22,22 @@ pub const HANG_FACTOR: f64 = 10.0;
 /// An engine's process imports its framework anew when it is started again, which takes up to 20 s on a busy machine, and
 /// then holds its model: it may take this many times the least bound.
 pub const START_FACTOR: f64 = 4.0;
+
+/// How long calls may take, whatever they have taken before.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HangBounds {
+    /// No call is taken for hung before this time.
+    pub seconds_min: f64,
+    /// The first call of each kind on so many samples may take this much longer: an engine that compiles does so for each
+    /// shape, and may do so for minutes. 0 where it does not.
+    pub compile_seconds_max: f64,
+}
+
+impl Default for HangBounds {
+    fn default() -> Self {
+        Self { seconds_min: HANG_SECONDS_MIN, compile_seconds_max: 0.0 }
+    }
+}
 
 /// What an engine can be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,14 +98,26 @@ pub struct Hang {
 }
 
 /// Durations of one kind of call.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 struct Durations {
+    /// Numbers of samples that were met: at most those of a batch, or the tokens of a prompt.
+    samples_met: BTreeSet<u64>,
     /// Most samples in a completed call; 0 before the first.
     samples_max: u64,
     /// The first call with so many samples: compiling for the new shape may be a part of it.
     first_seconds: f64,
-    /// Longest of the others.
+    /// Longest call that was not the first with its number of samples.
     longest_seconds: Option<f64>,
+}
+
+impl Durations {
+    fn completed(&mut self, samples: u64, seconds: f64) {
+        if !self.samples_met.insert(samples) {
+            self.longest_seconds = Some(self.longest_seconds.map_or(seconds, |longest| longest.max(seconds)));
+        } else if samples > self.samples_max {
+            (self.samples_max, self.first_seconds) = (samples, seconds);
+        }
+    }
 }
 
 /// How long calls take, without a clock: times are seconds from any origin.
@@ -108,33 +137,32 @@ impl CallTimes {
     /// It came back. A call that failed teaches nothing about how long such calls take.
     pub fn end(&mut self, succeeded: bool, now: f64) {
         let Some((call, samples, began)) = self.current.take() else { return };
-        let (seconds, durations) = (now - began, &mut self.durations[call as usize]);
-        match succeeded {
-            true if samples > durations.samples_max => {
-                (durations.samples_max, durations.first_seconds) = (samples, seconds);
-            }
-            true => {
-                durations.longest_seconds = Some(durations.longest_seconds.map_or(seconds, |old| old.max(seconds)));
-            }
-            false => {}
+        if !succeeded {
+            return;
+        }
+        self.durations[call as usize].completed(samples, now - began);
+        if call == Call::Recover {
+            // A new process has compiled nothing.
+            self.durations.iter_mut().for_each(|durations| durations.samples_met.clear());
         }
     }
 
-    /// What a call on `samples` samples may take, never less than `seconds_min`: [`HANG_FACTOR`] times the longest so far,
-    /// in proportion where it has more samples than any before.
-    pub fn bound_seconds(&self, call: Call, samples: u64, seconds_min: f64) -> f64 {
+    /// What a call on `samples` samples may take: [`HANG_FACTOR`] times the longest so far, in proportion where it has more
+    /// samples than any before, and never less than the bounds say.
+    pub fn bound_seconds(&self, call: Call, samples: u64, bounds: HangBounds) -> f64 {
         if call == Call::Recover {
-            return START_FACTOR * seconds_min;
+            return START_FACTOR * bounds.seconds_min;
         }
-        let Durations { samples_max, first_seconds, longest_seconds } = self.durations[call as usize];
-        let growth = (samples as f64 / samples_max.max(1) as f64).max(1.0);
-        (HANG_FACTOR * longest_seconds.unwrap_or(first_seconds) * growth).max(seconds_min)
+        let Durations { samples_met, samples_max, first_seconds, longest_seconds } = &self.durations[call as usize];
+        let growth = (samples as f64 / (*samples_max).max(1) as f64).max(1.0);
+        let compiling = if samples_met.contains(&samples) { 0.0 } else { bounds.compile_seconds_max };
+        (HANG_FACTOR * longest_seconds.unwrap_or(*first_seconds) * growth).max(bounds.seconds_min) + compiling
     }
 
     /// The call that is under way, if it is hung.
-    pub fn overdue(&self, seconds_min: f64, now: f64) -> Option<Hang> {
+    pub fn overdue(&self, bounds: HangBounds, now: f64) -> Option<Hang> {
         let (call, samples, began) = self.current?;
-        let (seconds, bound_seconds) = (now - began, self.bound_seconds(call, samples, seconds_min));
+        let (seconds, bound_seconds) = (now - began, self.bound_seconds(call, samples, bounds));
         (seconds > bound_seconds).then_some(Hang { call, step: self.step, seconds, bound_seconds })
     }
 }
@@ -172,8 +200,8 @@ impl EngineWatch {
     }
 
     /// See [`CallTimes::overdue`].
-    pub fn overdue(&self, seconds_min: f64) -> Option<Hang> {
-        self.times().overdue(seconds_min, self.now())
+    pub fn overdue(&self, bounds: HangBounds) -> Option<Hang> {
+        self.times().overdue(bounds, self.now())
     }
 }
 
@@ -267,7 +295,8 @@ impl Engine for Watched {
 mod tests {
     use super::*;
 
-    const MIN: f64 = 45.0;
+    const SECONDS_MIN: f64 = 45.0;
+    const MIN: HangBounds = HangBounds { seconds_min: SECONDS_MIN, compile_seconds_max: 0.0 };
 
     fn completed(times: &mut CallTimes, call: Call, samples: u64, seconds: f64) {
         times.begin(call, samples, 100.0);
@@ -280,7 +309,7 @@ mod tests {
         assert_eq!(times.overdue(MIN, 1e9), None, "nothing is under way");
         times.begin(Call::InnerStep, 8, 10.0);
         assert_eq!(times.overdue(MIN, 55.0), None);
-        let hang = Hang { call: Call::InnerStep, step: 7, seconds: 46.0, bound_seconds: MIN };
+        let hang = Hang { call: Call::InnerStep, step: 7, seconds: 46.0, bound_seconds: SECONDS_MIN };
         assert_eq!(times.overdue(MIN, 56.0), Some(hang));
         times.end(true, 56.0);
         completed(&mut times, Call::InnerStep, 8, 6.0);
@@ -306,11 +335,25 @@ mod tests {
     }
 
     #[test]
+    fn an_engine_that_compiles_may_do_so_once_for_each_shape_and_again_after_a_restart() {
+        let bounds = HangBounds { compile_seconds_max: 300.0, ..MIN };
+        let mut times = CallTimes::default();
+        for samples in [8, 7] {
+            assert_eq!(times.bound_seconds(Call::InnerStep, samples, bounds), 345.0);
+            completed(&mut times, Call::InnerStep, samples, 1.0);
+            completed(&mut times, Call::InnerStep, samples, 1.0);
+            assert_eq!(times.bound_seconds(Call::InnerStep, samples, bounds), 45.0);
+        }
+        completed(&mut times, Call::Recover, 1, 20.0);
+        assert_eq!(times.bound_seconds(Call::InnerStep, 8, bounds), 345.0);
+    }
+
+    #[test]
     fn a_call_that_failed_teaches_nothing() {
         let mut times = CallTimes::default();
         times.begin(Call::Evaluate, 8, 0.0);
         times.end(false, 1_000.0);
         assert_eq!(times, CallTimes::default());
-        assert_eq!(times.bound_seconds(Call::Recover, 1, MIN), START_FACTOR * MIN);
+        assert_eq!(times.bound_seconds(Call::Recover, 1, MIN), START_FACTOR * SECONDS_MIN);
     }
 }

@@ -9,7 +9,7 @@ use base::{Hint, Round, RunConfig};
 use rounds::coordinator::Note;
 use rounds::plan::LeaveReason;
 use site::agent::Outcome;
-use site::{AgentError, HANG_SECONDS_MIN, JoinOptions, RunFolder, TrainError, Trainer};
+use site::{AgentError, HangBounds, JoinOptions, RunFolder, TrainError, Trainer};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -20,7 +20,7 @@ use telemetry::{Event, EventLog, Reporter};
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A hang is waited for that long here; every other call of the test engine takes microseconds.
-const TEST_HANG_SECONDS: f64 = 2.0;
+const SHORT: HangBounds = HangBounds { seconds_min: 2.0, compile_seconds_max: 0.0 };
 
 /// A site's part in a run.
 struct Joined {
@@ -42,7 +42,7 @@ impl Joined {
     }
 }
 
-fn options(name: usize, invite: wire::Invite, folder: RunFolder, hang_seconds_min: f64) -> JoinOptions {
+fn options(name: usize, invite: wire::Invite, folder: RunFolder, hang: HangBounds) -> JoinOptions {
     JoinOptions {
         invite,
         folder,
@@ -53,7 +53,7 @@ fn options(name: usize, invite: wire::Invite, folder: RunFolder, hang_seconds_mi
         threads: 1,
         slowdown: 1.0,
         measure_seconds: 0.0,
-        hang_seconds_min,
+        hang,
     }
 }
 
@@ -78,13 +78,13 @@ async fn join_after(options: JoinOptions, engine: TestEngine, delay: impl FnOnce
 }
 
 /// A run of two sites, the second of them on this engine, to its end.
-fn run_of_two(run: &Run, second: TestEngine, hang_seconds_min: f64) -> (Coordinated, Joined, Joined) {
+fn run_of_two(run: &Run, second: TestEngine, hang: HangBounds) -> (Coordinated, Joined, Joined) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let ended = runtime.block_on(in_time(async {
         let (invite, coordinated) = coordinate(run).await;
-        let first = options(0, invite.clone(), run.site_folder("0"), HANG_SECONDS_MIN);
+        let first = options(0, invite.clone(), run.site_folder("0"), HangBounds::default());
         let first = join(first, TestEngine::new(&run.config, &[]));
-        let second = join(options(1, invite, run.site_folder("1"), hang_seconds_min), second);
+        let second = join(options(1, invite, run.site_folder("1"), hang), second);
         let (first, second) = tokio::join!(first, second);
         (coordinated.await.unwrap(), first, second)
     }));
@@ -176,7 +176,7 @@ fn a_device_that_does_not_hold_one_sample_is_named_with_what_to_do() {
 #[test]
 fn a_run_goes_on_with_a_smaller_micro_batch_and_tells_it() {
     let run = Run::new(|_| {});
-    let (coordinated, first, second) = run_of_two(&run, with_faults(&run, &[]).with_memory(2), HANG_SECONDS_MIN);
+    let (coordinated, first, second) = run_of_two(&run, with_faults(&run, &[]).with_memory(2), HangBounds::default());
     assert_eq!(coordinated.state_hash, Some(first.result.unwrap().state_hash));
     assert_eq!(coordinated.state_hash, Some(second.result.unwrap().state_hash));
     let reduced = second.events.iter().filter_map(|event| match event {
@@ -202,7 +202,7 @@ fn a_number_that_is_not_finite_is_named_with_its_step_and_never_sent() {
     ] {
         let run = Run::new(|_| {});
         let engine = with_faults(&run, &[fault(Method::InnerStep, MEASURED + 6, trouble)]);
-        let ended = run_of_two(&run, engine, HANG_SECONDS_MIN);
+        let ended = run_of_two(&run, engine, HangBounds::default());
         assert_dropped(&run, &ended, LeaveReason::EngineNotFinite, 1);
         let (coordinated, _, second) = &ended;
         assert!(matches!(second.train_error(), TrainError::NotFinite { step: found, .. } if *found == step));
@@ -222,7 +222,7 @@ fn an_engine_that_hangs_is_named_and_dropped() {
     let engine = with_faults(&run, &[fault(Method::InnerStep, MEASURED + 6, Trouble::Hang)]);
     let interruptions = Arc::clone(&engine.interruptions);
     let recoveries = Arc::clone(&engine.recoveries);
-    let ended = run_of_two(&run, engine, TEST_HANG_SECONDS);
+    let ended = run_of_two(&run, engine, SHORT);
     assert_dropped(&run, &ended, LeaveReason::EngineHung, 1);
     let second = &ended.2;
     let text = second.error();
@@ -242,7 +242,7 @@ fn an_engine_that_hangs_before_its_first_round_or_cannot_be_interrupted_is_left_
         let folder = run.site_folder(&format!("{method:?}"));
         let joined = runtime.block_on(in_time(async {
             let (invite, coordinated) = coordinate(&run).await;
-            let joined = join(options(0, invite, folder, TEST_HANG_SECONDS), engine).await;
+            let joined = join(options(0, invite, folder, SHORT), engine).await;
             coordinated.abort();
             joined
         }));
@@ -262,7 +262,7 @@ fn a_site_whose_engine_takes_long_to_start_does_not_fall_silent() {
     let delay = move || assert!(heard.wait_for(2, PATIENCE), "it fell silent");
     let (coordinated, joined) = runtime.block_on(in_time(async {
         let (invite, coordinated) = coordinate_with(&run, pulses).await;
-        let options = options(0, invite, folder, HANG_SECONDS_MIN);
+        let options = options(0, invite, folder, HangBounds::default());
         let joined = join_after(options, with_faults(&run, &[]), delay).await;
         (coordinated.await.unwrap(), joined)
     }));
@@ -272,7 +272,7 @@ fn a_site_whose_engine_takes_long_to_start_does_not_fall_silent() {
 #[test]
 fn an_engine_that_is_killed_does_its_round_anew_with_the_same_bits() {
     let run = Run::new(|_| {});
-    let (undisturbed, ..) = run_of_two(&run, with_faults(&run, &[]), HANG_SECONDS_MIN);
+    let (undisturbed, ..) = run_of_two(&run, with_faults(&run, &[]), HangBounds::default());
     assert_eq!((undisturbed.rounds, undisturbed.ledger.committed), (3, 96));
     let lost = |method, call| fault(method, call, Trouble::Lost);
     for (faults, recoveries) in [
@@ -289,7 +289,7 @@ fn an_engine_that_is_killed_does_its_round_anew_with_the_same_bits() {
         let engine = with_faults(&run, &faults);
         let counted = Arc::clone(&engine.recoveries);
         let again = Run::new(|_| {});
-        let (coordinated, first, second) = run_of_two(&again, engine, HANG_SECONDS_MIN);
+        let (coordinated, first, second) = run_of_two(&again, engine, HangBounds::default());
         assert_eq!(counted.load(Ordering::Relaxed), recoveries, "{faults:?}");
         assert_eq!(coordinated.state_hash, undisturbed.state_hash, "{faults:?}");
         assert_eq!(coordinated.state_hash, Some(first.result.unwrap().state_hash));
@@ -305,7 +305,7 @@ fn an_engine_that_is_killed_while_it_takes_a_commit_goes_on_with_the_new_paramet
     let run = Run::new(|_| {});
     // The first write begins round 1, the second takes its commit.
     let engine = with_faults(&run, &[fault(Method::Write, 2, Trouble::Lost)]);
-    let (coordinated, first, second) = run_of_two(&run, engine, HANG_SECONDS_MIN);
+    let (coordinated, first, second) = run_of_two(&run, engine, HangBounds::default());
     assert_eq!((coordinated.rounds, coordinated.ledger.committed), (3, 96));
     assert_eq!(coordinated.state_hash, Some(first.result.unwrap().state_hash));
     assert_eq!(coordinated.state_hash, Some(second.result.unwrap().state_hash));
@@ -318,7 +318,7 @@ fn an_engine_that_is_killed_again_and_again_leaves_and_the_others_go_on() {
         (0..3).map(|attempt| fault(Method::InnerStep, MEASURED + 6 + attempt, Trouble::Lost)).collect();
     let engine = with_faults(&run, &faults);
     let recoveries = Arc::clone(&engine.recoveries);
-    let ended = run_of_two(&run, engine, HANG_SECONDS_MIN);
+    let ended = run_of_two(&run, engine, HangBounds::default());
     assert_dropped(&run, &ended, LeaveReason::EngineFailed, 1);
     assert_eq!(recoveries.load(Ordering::Relaxed), 2);
     assert_eq!(ended.2.error(), "the engine on test is gone: signal 9");

@@ -66,7 +66,7 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         threads: rayon::current_num_threads(),
         slowdown: args.slowdown,
         measure_seconds: args.measure_seconds,
-        hang_seconds_min: site::HANG_SECONDS_MIN,
+        hang: site::HangBounds::default(),
     };
     let runtime = runtime()?;
     let joined = site::join(options, args.engine.factory(), reporter, stop_requested());
