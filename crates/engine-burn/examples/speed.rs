@@ -1,23 +1,24 @@
 //! Inner steps per second of this engine, for `cargo xtask bench engine`.
 //!
 //! Reads a number of steps per line from standard input, runs them, and answers with one line of JSON, until the input ends:
-//! so that two engines can take turns in one run. Threads: `RAYON_NUM_THREADS`.
+//! so that two engines can take turns in one run. Threads: `RAYON_NUM_THREADS`. The argument is a device, `composed` for Burn's operations on the CPU, or
+//! nothing for its fused blocks.
 #![allow(clippy::print_stdout)] // The answers are this program's output.
 
 use base::{ModelShape, TokenBatch};
-use engine::{Engine, conformance};
+use engine::{Engine, PrecisionChoice, conformance};
 use engine_burn::{BlockKernels, BurnEngine};
 use std::io::{BufRead, Write};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let kernels = match std::env::args().nth(1).as_deref() {
-        Some("composed") => BlockKernels::Composed,
-        _ => BlockKernels::Fused,
-    };
     let shape = bench_shape();
     let train = base::config::TrainSection::default();
     let initial = engine::initial_parameters(&shape, 1);
-    let mut engine = BurnEngine::with_kernels(&shape, &train, "flex", &initial, kernels)?;
+    let mut engine = match std::env::args().nth(1).as_deref() {
+        None => BurnEngine::with_kernels(&shape, &train, "flex", &initial, BlockKernels::Fused)?,
+        Some("composed") => BurnEngine::with_kernels(&shape, &train, "flex", &initial, BlockKernels::Composed)?,
+        Some(device) => BurnEngine::new(&shape, &train, device, PrecisionChoice::Auto, &initial)?,
+    };
     let mut seed = 0;
     for line in std::io::stdin().lock().lines() {
         let batches: Vec<TokenBatch> = (0..line?.trim().parse::<u64>()?)

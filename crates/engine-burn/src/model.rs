@@ -11,7 +11,8 @@
 
 use crate::kernels::{self, AttentionSpec};
 use base::ModelShape;
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData, activation};
+use engine::Precision;
 
 /// Which implementation of the blocks is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,8 +88,8 @@ struct PositionTables {
     cosine_td: Tensor<2>,
     /// `[t, d/2]`
     sine_td: Tensor<2>,
-    /// True where a key lies in the future of a query.
-    future_tt: Tensor<2, Bool>,
+    /// See [`causal_bias`].
+    bias_tt: Tensor<2>,
 }
 
 /// The model without its parameters.
@@ -96,13 +97,14 @@ struct PositionTables {
 pub(crate) struct Llama {
     shape: ModelShape,
     kernels: BlockKernels,
+    precision: Precision,
     device: Device,
     tables: Option<PositionTables>,
 }
 
 impl Llama {
-    pub(crate) fn new(shape: ModelShape, kernels: BlockKernels, device: Device) -> Self {
-        Self { shape, kernels, device, tables: None }
+    pub(crate) fn new(shape: ModelShape, kernels: BlockKernels, precision: Precision, device: Device) -> Self {
+        Self { shape, kernels, precision, device, tables: None }
     }
 
     /// Summed cross-entropy, nats, as a tensor of one element. `inputs` and `targets` are b·t ids each.
@@ -120,7 +122,7 @@ impl Llama {
         match self.kernels {
             BlockKernels::Fused => kernels::head_loss(x_nh, norm, head, targets_n, self.shape.rms_norm_eps),
             BlockKernels::Composed => {
-                let logits_nv = linear(rms_norm(x_nh, norm, self.shape.rms_norm_eps), head);
+                let logits_nv = self.linear(rms_norm(x_nh, norm, self.shape.rms_norm_eps), head);
                 activation::log_softmax(logits_nv, 1).gather(1, targets_n.unsqueeze_dim(1)).sum().neg()
             }
         }
@@ -130,7 +132,7 @@ impl Llama {
     pub(crate) fn logits(&mut self, tensors: &[Tensor<2>], inputs: &[u32], samples: usize) -> Tensor<2> {
         let parameters = Parameters::new(tensors, &self.shape);
         let x_nh = self.hidden(&parameters, inputs, samples);
-        linear(rms_norm(x_nh, parameters.final_norm(), self.shape.rms_norm_eps), parameters.head())
+        self.linear(rms_norm(x_nh, parameters.final_norm(), self.shape.rms_norm_eps), parameters.head())
     }
 
     /// The residual stream `[n, h]` after the last block.
@@ -158,8 +160,8 @@ impl Llama {
         let normed_nh = rms_norm(x_nh.clone(), block.attention_norm.clone(), epsilon);
         let x_nh = x_nh + self.attention(normed_nh, &block, tables, samples);
         let normed_nh = rms_norm(x_nh.clone(), block.feed_forward_norm, epsilon);
-        let gated_nf = activation::silu(linear(normed_nh.clone(), block.gate)) * linear(normed_nh, block.up);
-        x_nh + linear(gated_nf, block.down)
+        let gated_nf = activation::silu(self.linear(normed_nh.clone(), block.gate)) * self.linear(normed_nh, block.up);
+        x_nh + self.linear(gated_nf, block.down)
     }
 
     /// Causal grouped-query attention and its output projection.
@@ -169,15 +171,41 @@ impl Llama {
         let split = |projected: Tensor<2>, heads: usize| -> Tensor<4> {
             projected.reshape([samples, positions, heads, head_size]).swap_dims(1, 2)
         };
-        let q_batd = rotate(split(linear(x_nh.clone(), block.query.clone()), heads), tables);
-        let k_bgtd = rotate(split(linear(x_nh.clone(), block.key.clone()), groups), tables);
-        let v_bgtd = split(linear(x_nh, block.value.clone()), groups);
+        let turned =
+            |projected, heads| rotate(split(projected, heads), tables.cosine_td.clone(), tables.sine_td.clone());
+        let q_batd = turned(self.linear(x_nh.clone(), block.query.clone()), heads);
+        let k_bgtd = turned(self.linear(x_nh.clone(), block.key.clone()), groups);
+        let v_bgtd = split(self.linear(x_nh, block.value.clone()), groups);
         let (k_batd, v_batd) = (share_heads(k_bgtd, heads / groups), share_heads(v_bgtd, heads / groups));
-        let scores_batt = q_batd.matmul(k_batd.swap_dims(2, 3)).div_scalar((head_size as f64).sqrt());
-        let future_batt = tables.future_tt.clone().unsqueeze::<4>().expand([samples, heads, positions, positions]);
-        let weights_batt = activation::softmax(scores_batt.mask_fill(future_batt, f32::NEG_INFINITY), 3);
-        let mixed_nh = weights_batt.matmul(v_batd).swap_dims(1, 2).reshape([samples * positions, heads * head_size]);
-        linear(mixed_nh, block.output.clone())
+        // Queries are scaled in place of scores: t / d times fewer elements.
+        let scaled_batd = q_batd.mul_scalar((head_size as f64).sqrt().recip());
+        let scores_batt = self.product(self.operand(scaled_batd), self.operand(k_batd).swap_dims(2, 3));
+        let weights_batt = activation::softmax(scores_batt + tables.bias_tt.clone().unsqueeze::<4>(), 3);
+        let mixed_batd = self.product(self.operand(weights_batt), self.operand(v_batd));
+        let mixed_nh = mixed_batd.swap_dims(1, 2).reshape([samples * positions, heads * head_size]);
+        self.linear(mixed_nh, block.output.clone())
+    }
+
+    /// x·Wᵀ, `w_oi` stored as Hugging Face does.
+    fn linear(&self, x_ni: Tensor<2>, w_oi: Tensor<2>) -> Tensor<2> {
+        self.product(self.operand(x_ni), self.operand(w_oi).transpose())
+    }
+
+    /// What a matrix product reads. Tensors are rounded for each product anew, so that gradients of one that goes into several
+    /// are added up in f32.
+    fn operand<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match self.precision {
+            Precision::F32 => x,
+            Precision::Bf16 => x.cast(FloatDType::BF16),
+        }
+    }
+
+    /// a·b of two [`Self::operand`]s, in f32.
+    fn product<const D: usize>(&self, a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
+        match self.precision {
+            Precision::F32 => a.matmul(b),
+            Precision::Bf16 => a.matmul(b).cast(FloatDType::F32),
+        }
     }
 
     fn ids(&self, ids: &[u32]) -> Tensor<1, Int> {
@@ -200,7 +228,7 @@ impl Llama {
             positions,
             cosine_td: Tensor::from_data(TensorData::new(cosine, [positions, half]), &self.device),
             sine_td: Tensor::from_data(TensorData::new(sine, [positions, half]), &self.device),
-            future_tt: Tensor::tril_mask([positions, positions], 0, &self.device),
+            bias_tt: causal_bias(positions, &self.device),
         }
     }
 }
@@ -215,21 +243,26 @@ fn rotary_tables(shape: &ModelShape, positions: usize) -> (Vec<f32>, Vec<f32>) {
     (angles().map(|a| libm::cos(a) as f32).collect(), angles().map(|a| libm::sin(a) as f32).collect())
 }
 
-/// x·Wᵀ, `w_oi` stored as Hugging Face does.
-fn linear(x_ni: Tensor<2>, w_oi: Tensor<2>) -> Tensor<2> {
-    x_ni.matmul(w_oi.transpose())
+/// Added to the scores of keys in a query's future: e to this is 0 beside any score, and shaders need not know infinity.
+const FUTURE_BIAS: f32 = -1e30;
+
+/// `[t, t]`: 0 where a key may be looked at, [`FUTURE_BIAS`] where it lies in the future of a query.
+pub(crate) fn causal_bias(positions: usize, device: &Device) -> Tensor<2> {
+    let bias = |query: usize| (0..positions).map(move |key| if key > query { FUTURE_BIAS } else { 0.0 });
+    let values: Vec<f32> = (0..positions).flat_map(bias).collect();
+    Tensor::from_data(TensorData::new(values, [positions, positions]), device)
 }
 
 /// x / √(mean(x²) + ε) ⊙ w (Zhang and Sennrich 2019, equation 4).
-fn rms_norm(x_nh: Tensor<2>, weight_1h: Tensor<2>, epsilon: f64) -> Tensor<2> {
+pub(crate) fn rms_norm(x_nh: Tensor<2>, weight_1h: Tensor<2>, epsilon: f64) -> Tensor<2> {
     let scale_n1 = x_nh.clone().square().mean_dim(1).add_scalar(epsilon).sqrt().recip();
     x_nh * scale_n1 * weight_1h
 }
 
 /// Rotary embedding of the halves (x1, x2): (x1·cos − x2·sin, x2·cos + x1·sin).
-fn rotate(x_batd: Tensor<4>, tables: &PositionTables) -> Tensor<4> {
+pub(crate) fn rotate(x_batd: Tensor<4>, cosine_td: Tensor<2>, sine_td: Tensor<2>) -> Tensor<4> {
     let half = x_batd.dims()[3] / 2;
-    let (cosine, sine) = (tables.cosine_td.clone().unsqueeze::<4>(), tables.sine_td.clone().unsqueeze::<4>());
+    let (cosine, sine) = (cosine_td.unsqueeze::<4>(), sine_td.unsqueeze::<4>());
     let first = x_batd.clone().narrow(3, 0, half);
     let second = x_batd.narrow(3, half, half);
     let turned_first = first.clone() * cosine.clone() - second.clone() * sine.clone();

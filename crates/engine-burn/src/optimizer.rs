@@ -11,8 +11,10 @@
 
 use crate::kernels;
 use crate::model::BlockKernels;
+use crate::weights;
 use base::config::{InnerOptimizer, TrainSection};
 use burn::tensor::Tensor;
+use engine::EngineError;
 
 /// Keeps the quotient of `clip_grad_norm_` finite.
 const CLIP_NORM_OFFSET: f64 = 1e-6;
@@ -70,16 +72,36 @@ impl Optimizer {
         Self { kernels, first_moments: Vec::new(), second_moments: Vec::new(), steps: 0 }
     }
 
-    /// Global norm of the gradients.
-    pub(crate) fn gradient_norm(&self, gradients: &[Tensor<2>]) -> f64 {
-        let squares = |gradient: &Tensor<2>| match self.kernels {
-            BlockKernels::Fused => kernels::sum_of_squares(gradient.clone()),
-            BlockKernels::Composed => f64::from(gradient.clone().square().sum().into_scalar::<f32>()),
-        };
-        gradients.iter().map(squares).sum::<f64>().sqrt()
+    /// Global norm of the gradients, in one transfer from the device.
+    pub(crate) fn gradient_norm(&self, gradients: &[Tensor<2>], device_name: &str) -> Result<f64, EngineError> {
+        match self.kernels {
+            BlockKernels::Fused => {
+                Ok(gradients.iter().map(|gradient| kernels::sum_of_squares(gradient.clone())).sum::<f64>().sqrt())
+            }
+            BlockKernels::Composed => {
+                let squares = gradients.iter().map(|gradient| gradient.clone().square().sum()).collect();
+                let squares = weights::download(&Tensor::cat(squares, 0), device_name)?;
+                Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
+            }
+        }
     }
 
-    /// One step on `parameters`; `decayed[i]` says whether parameter i is a matrix.
+    /// Makes what the first step needs besides the parameters, before it changes any.
+    pub(crate) fn prepare(&mut self, train: &TrainSection, parameters: &[Tensor<2>]) {
+        if train.optimizer == InnerOptimizer::AdamW && self.first_moments.is_empty() {
+            self.first_moments = parameters.iter().map(Tensor::zeros_like).collect();
+            self.second_moments = parameters.iter().map(Tensor::zeros_like).collect();
+        }
+    }
+
+    /// Takes [`Self::prepare`] back where no step followed.
+    pub(crate) fn forget_if_unused(&mut self) {
+        if self.steps == 0 {
+            (self.first_moments, self.second_moments) = (Vec::new(), Vec::new());
+        }
+    }
+
+    /// One step on `parameters`, after [`Self::prepare`]; `decayed[i]` says whether parameter i is a matrix.
     pub(crate) fn step(
         &mut self,
         train: &TrainSection,
@@ -104,10 +126,6 @@ impl Optimizer {
     }
 
     fn adamw(&mut self, step: AdamWStep, parameters: &mut [Tensor<2>], gradients: Vec<Tensor<2>>, decayed: &[bool]) {
-        if self.first_moments.is_empty() {
-            self.first_moments = parameters.iter().map(Tensor::zeros_like).collect();
-            self.second_moments = parameters.iter().map(Tensor::zeros_like).collect();
-        }
         let moments = self.first_moments.iter_mut().zip(&mut self.second_moments);
         for (((parameter, gradient), (first, second)), decayed) in
             parameters.iter_mut().zip(gradients).zip(moments).zip(decayed)

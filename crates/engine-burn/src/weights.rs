@@ -2,6 +2,7 @@
 //!
 //! On the device every parameter has rank 2; a norm weight of h elements is a row `[1, h]`.
 
+use crate::failure;
 use base::{Fragment, NamedTensors, ParameterSchema, ParameterSpec};
 use burn::tensor::{Device, Tensor, TensorData};
 use engine::EngineError;
@@ -51,10 +52,9 @@ pub(crate) fn to_named(
 }
 
 /// Elements of a tensor, row-major.
-pub(crate) fn download(tensor: &Tensor<2>, device_name: &str) -> Result<Vec<f32>, EngineError> {
-    let device_error = |reason: String| EngineError::Device { device: device_name.to_owned(), reason };
-    let data = tensor.clone().try_into_data().map_err(|error| device_error(format!("{error:?}")))?;
-    data.try_into_vec::<f32>().map_err(|error| device_error(format!("{error:?}")))
+pub(crate) fn download<const D: usize>(tensor: &Tensor<D>, device_name: &str) -> Result<Vec<f32>, EngineError> {
+    let data = tensor.clone().try_into_data().map_err(|error| failure::classify(device_name, &error.to_string()))?;
+    data.try_into_vec::<f32>().map_err(|error| failure::classify(device_name, &format!("{error:?}")))
 }
 
 /// Checks that `fragment` lies within the schema and `values` is as long.
@@ -116,16 +116,17 @@ pub(crate) fn read_fragment(
     Ok(())
 }
 
-/// Replaces the elements of a checked fragment.
-pub(crate) fn write_fragment(
+/// Tensors with the elements of a checked fragment replaced, by their place in canonical order.
+pub(crate) fn written(
     schema: &ParameterSchema,
-    tensors: &mut [Tensor<2>],
+    tensors: &[Tensor<2>],
     fragment: &Fragment,
     values: &[f32],
     device: &Device,
     device_name: &str,
-) -> Result<(), EngineError> {
-    for (parameter, tensor) in schema.parameters().iter().zip(tensors) {
+) -> Result<Vec<(usize, Tensor<2>)>, EngineError> {
+    let mut changed = Vec::new();
+    for (index, (parameter, tensor)) in schema.parameters().iter().zip(tensors).enumerate() {
         let parts = overlaps(fragment, parameter);
         let covered: usize = parts.iter().map(|(inside, _)| inside.len()).sum();
         if covered == 0 {
@@ -136,7 +137,7 @@ pub(crate) fn write_fragment(
         for (inside, outside) in parts {
             elements[inside].copy_from_slice(&values[outside]);
         }
-        *tensor = upload(parameter, elements, device);
+        changed.push((index, upload(parameter, elements, device)));
     }
-    Ok(())
+    Ok(changed)
 }
