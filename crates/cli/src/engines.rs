@@ -5,6 +5,7 @@ use base::{NamedTensors, RunConfig};
 use engine::{Engine, EngineError, PrecisionChoice};
 use engine_burn::BurnEngine;
 use engine_torch::{Compile, ModelDescription, Start, TorchEngine, TorchOptions};
+use site::HangBounds;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -32,6 +33,9 @@ const TORCH: &str = "torch";
 
 /// Most threads that `--threads` takes: above the processors of any one machine, below what a system refuses.
 const THREADS_MAX: i64 = 1024;
+
+/// Kernels of a first step: `torch.compile` takes up to two minutes, choosing among matrix products by trial as long.
+const COMPILE_SECONDS_MAX: f64 = 300.0;
 
 /// Most ranks of one site on one machine: accelerators in the largest single machines, eight times over.
 const RANKS_MAX: i64 = 128;
@@ -107,7 +111,18 @@ impl EngineArgs {
             let reason = "it computes Llamas only; `--engine torch:cpu` trains what transformers builds".to_owned();
             return Err(EngineError::Device { device: self.engine.clone(), reason });
         }
-        Ok(Box::new(BurnEngine::new(&config.model, &config.train, &self.engine, parameters)?))
+        let engine = BurnEngine::new(&config.model, &config.train, &self.engine, self.precision, parameters)?;
+        Ok(Box::new(engine))
+    }
+
+    /// How long calls of this engine may take. One that compiles kernels for its device takes minutes for the first step of
+    /// each shape; on the CPU nothing is compiled.
+    pub(crate) fn hang_bounds(&self) -> HangBounds {
+        let compile_seconds_max = match self.engine.as_str() {
+            "flex" | "torch:cpu" => 0.0,
+            _ => COMPILE_SECONDS_MAX,
+        };
+        HangBounds { compile_seconds_max, ..HangBounds::default() }
     }
 
     /// How the PyTorch engine is started; `None` where another engine is asked for.

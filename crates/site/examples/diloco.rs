@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, reason = "a program for the terminal")]
 
 use base::{RunConfig, SiteId, Term};
+use engine::PrecisionChoice;
 use engine_burn::BurnEngine;
 use rounds::shares::portions;
 use rounds::{Assignment, Commit, Contributor, Ledger, RoundPlan};
@@ -20,7 +21,8 @@ fn main() -> Result<(), Failure> {
     let (config, _) = folder.config()?;
     let state = TrainingState::initial(&config, &engine::initial_parameters(&config.model, config.run.seed))?;
     let trainer = || -> Result<Trainer, Failure> {
-        let engine = BurnEngine::new(&config.model, &config.train, "flex", &state.inner.parameters)?;
+        let engine =
+            BurnEngine::new(&config.model, &config.train, "flex", PrecisionChoice::Auto, &state.inner.parameters)?;
         Ok(Trainer::new(&folder, &config, Box::new(engine), 1.0)?)
     };
     let mut trainers = (0..config.sync.sites).map(|_| trainer()).collect::<Result<Vec<_>, _>>()?;

@@ -10,6 +10,7 @@ use base::config::{InnerOptimizer, Strategy};
 use base::random::Random;
 use base::{ContentHash, ModelShape, NamedTensors, RunConfig, SiteId};
 use data::{Corpus, PrepareOptions, TokenizerSource};
+use engine::PrecisionChoice;
 use engine_burn::BurnEngine;
 use rounds::coordinator::{Note, Record};
 use rounds::{Command, Commit, Contribution, Coordinator, Directive, Peer, Report, RoundPlan, Settings};
@@ -74,7 +75,8 @@ impl Run {
     /// A trainer that continues from `state`, as a process that has just started makes it.
     fn trainer(&self, state: &TrainingState) -> Trainer {
         let initial = &state.inner.parameters;
-        let mut engine = BurnEngine::new(&self.config.model, &self.config.train, "flex", initial).unwrap();
+        let mut engine =
+            BurnEngine::new(&self.config.model, &self.config.train, "flex", PrecisionChoice::Auto, initial).unwrap();
         engine::Engine::restore(&mut engine, &state.inner).unwrap();
         Trainer::new(&self.folder, &self.config, Box::new(engine), 1.0).unwrap()
     }

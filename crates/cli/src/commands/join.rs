@@ -36,6 +36,9 @@ pub(crate) struct Args {
     /// Time for measuring the own speed before the first round.
     #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]
     measure_seconds: f64,
+    /// Least time after which a call of the engine is taken for hung.
+    #[arg(long, value_name = "SECONDS", hide = true)]
+    hang_seconds: Option<f64>,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -56,6 +59,10 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let log = EventLog::open(&folder.join(EVENTS_FILE), &args.name, Box::new(system_unix_ms))?;
     let reporter = Reporter::new(log, lines(output.is_json()));
     output.line(format_args!("site '{}' joins run '{}' at {}", args.name, invite.run(), invite.address()));
+    let mut hang = args.engine.hang_bounds();
+    if let Some(seconds) = args.hang_seconds {
+        hang.seconds_min = seconds;
+    }
     let options = JoinOptions {
         invite,
         folder: RunFolder::new(&folder),
@@ -66,7 +73,7 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         threads: rayon::current_num_threads(),
         slowdown: args.slowdown,
         measure_seconds: args.measure_seconds,
-        hang: site::HangBounds::default(),
+        hang,
     };
     let runtime = runtime()?;
     let joined = site::join(options, args.engine.factory(), reporter, stop_requested());

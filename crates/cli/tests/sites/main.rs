@@ -9,6 +9,7 @@
 
 mod faults;
 mod identical;
+mod mixed;
 mod refusals;
 mod resuming;
 #[path = "../support/mod.rs"]
