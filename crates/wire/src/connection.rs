@@ -45,7 +45,7 @@ pub struct Sender {
     stream: WriteHalf<Stream>,
     /// What TLS has not taken yet: at most one frame, or one header with its content.
     pending: BytesMut,
-    peer: Peer,
+    peer: Arc<Peer>,
 }
 
 /// The receiving half of a [`Connection`].
@@ -53,13 +53,14 @@ pub struct Sender {
 pub struct Receiver {
     stream: ReadHalf<Stream>,
     decoder: FrameDecoder,
-    peer: Peer,
+    peer: Arc<Peer>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Peer {
     fingerprint: ContentHash,
     address: SocketAddr,
+    local_address: SocketAddr,
     traffic: Traffic,
 }
 
@@ -181,19 +182,28 @@ pub async fn connect(
     fingerprint: ContentHash,
     purpose: Purpose,
 ) -> Result<Connection, ConnectError> {
-    let late = |step, seconds| ConnectError::Timeout {
-        address: address.to_owned(),
-        waited: Duration::from_secs(seconds),
-        step,
-    };
-    let socket = timeout(Duration::from_secs(CONNECT_SECONDS_MAX), TcpStream::connect(address))
+    let waits = (Duration::from_secs(CONNECT_SECONDS_MAX), Duration::from_secs(HANDSHAKE_SECONDS_MAX));
+    connect_within(identity, traffic, address, fingerprint, purpose, waits).await
+}
+
+/// [`connect`] with other times for the TCP connect and for the handshake.
+pub(crate) async fn connect_within(
+    identity: &Identity,
+    traffic: &Traffic,
+    address: &str,
+    fingerprint: ContentHash,
+    purpose: Purpose,
+    (connect_max, handshake_max): (Duration, Duration),
+) -> Result<Connection, ConnectError> {
+    let late = |step, waited| ConnectError::Timeout { address: address.to_owned(), waited, step };
+    let socket = timeout(connect_max, TcpStream::connect(address))
         .await
-        .map_err(|_| late("TCP connect", CONNECT_SECONDS_MAX))?
+        .map_err(|_| late("TCP connect", connect_max))?
         .map_err(|source| ConnectError::Unreachable { address: address.to_owned(), source })?;
     let greeting = preamble::encode(PROTOCOL_VERSION, purpose as u8);
-    timeout(Duration::from_secs(HANDSHAKE_SECONDS_MAX), greet(identity, traffic, socket, fingerprint, greeting))
+    timeout(handshake_max, greet(identity, traffic, socket, fingerprint, greeting))
         .await
-        .map_err(|_| late("handshake", HANDSHAKE_SECONDS_MAX))?
+        .map_err(|_| late("handshake", handshake_max))?
         .map_err(|problem| problem.into_connect_error(address))
 }
 
@@ -252,6 +262,7 @@ pub(crate) async fn greet(
     fingerprint: ContentHash,
     greeting: [u8; PREAMBLE_BYTES],
 ) -> Result<Connection, HandshakeProblem> {
+    let local_address = socket.local_addr()?;
     let (socket, address, traffic) = prepare(socket, traffic)?;
     let name = ServerName::try_from(tls::SERVER_NAME).map_err(io::Error::other)?;
     let connector = TlsConnector::from(identity.client_config(fingerprint));
@@ -262,7 +273,7 @@ pub(crate) async fn greet(
     let mut answer = [0; PREAMBLE_BYTES];
     stream.read_exact(&mut answer).await?;
     preamble::decode(&answer)?;
-    Ok(Connection::new(stream.into(), Peer { fingerprint, address, traffic }))
+    Ok(Connection::new(stream.into(), Peer { fingerprint, address, local_address, traffic }))
 }
 
 /// The server's part after the TCP accept: TLS, the client's preamble, our answer.
@@ -271,6 +282,7 @@ pub(crate) async fn welcome(
     traffic: &Traffic,
     socket: TcpStream,
 ) -> Result<(Purpose, Connection), HandshakeProblem> {
+    let local_address = socket.local_addr()?;
     let (socket, address, traffic) = prepare(socket, traffic)?;
     let mut stream = TlsAcceptor::from(config)
         .accept_with(socket, |session| session.set_buffer_limit(Some(SOCKET_WRITE_BYTES)))
@@ -291,7 +303,7 @@ pub(crate) async fn welcome(
             return Err(error.into());
         }
     };
-    Ok((purpose, Connection::new(stream.into(), Peer { fingerprint, address, traffic })))
+    Ok((purpose, Connection::new(stream.into(), Peer { fingerprint, address, local_address, traffic })))
 }
 
 fn prepare(socket: TcpStream, traffic: &Traffic) -> io::Result<(Socket, SocketAddr, Traffic)> {
@@ -305,8 +317,9 @@ fn prepare(socket: TcpStream, traffic: &Traffic) -> io::Result<(Socket, SocketAd
 impl Connection {
     fn new(stream: Stream, peer: Peer) -> Self {
         let (read, write) = tokio::io::split(stream);
+        let peer = Arc::new(peer);
         Self {
-            sender: Sender { stream: write, pending: BytesMut::new(), peer: peer.clone() },
+            sender: Sender { stream: write, pending: BytesMut::new(), peer: Arc::clone(&peer) },
             receiver: Receiver { stream: read, decoder: FrameDecoder::new(), peer },
         }
     }
@@ -361,6 +374,11 @@ impl Connection {
     /// The peer's socket address.
     pub fn address(&self) -> SocketAddr {
         self.sender.peer.address
+    }
+
+    /// The socket address of this side: which network card the connection goes through.
+    pub fn local_address(&self) -> SocketAddr {
+        self.sender.peer.local_address
     }
 
     /// Bytes of this connection.

@@ -16,6 +16,7 @@ pub mod limits;
 pub mod listener;
 pub mod message;
 pub mod preamble;
+pub mod probe;
 #[cfg(test)]
 mod tests;
 mod tls;

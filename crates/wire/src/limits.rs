@@ -108,3 +108,53 @@ pub(crate) const POOL_RETURN_WAIT: Duration = Duration::from_millis(10);
 
 /// Unused connections kept open, over all holders: 64 sites with 4 streams each.
 pub(crate) const POOL_CONNECTIONS_MAX: usize = 256;
+
+/// Probes that one listener answers at the same time; a third is told to come again.
+pub const PROBES_MAX: usize = 2;
+
+/// Streams of a probe's transfers: as many as a site fetches a delta with.
+pub const PROBE_STREAMS: usize = 4;
+
+/// One transfer of a probe, each way. At 1 Gbit/s it is the time that ends it, at 10 Gbit/s these 256 MiB do, after 0.2 s.
+pub const PROBE_TRANSFER_BYTES_MAX: u64 = 256 << 20;
+
+/// The same, a stream.
+pub const PROBE_STREAM_BYTES_MAX: u64 = PROBE_TRANSFER_BYTES_MAX / PROBE_STREAMS as u64;
+
+/// One transfer of a probe, each way: 13 round trips of 150 ms, in which a TCP window has grown from 15 kB to 100 MB.
+pub const PROBE_TRANSFER_SECONDS: f64 = 2.0;
+
+/// A transfer that lasts longer than twice this is measured without this part of it, in which TCP's window grows.
+pub(crate) const PROBE_SETTLE_SECONDS: f64 = 0.5;
+
+const _: () = assert!(2.0 * PROBE_SETTLE_SECONDS < PROBE_TRANSFER_SECONDS);
+
+/// One piece of a transfer. Small, so that a slow link (1 Mbit/s: 0.5 s) shows a rate all the same; large enough that its
+/// header of some 6 bytes and the calls for it do not count.
+pub(crate) const PROBE_CHUNK_BYTES: usize = 64 * 1024;
+
+/// Pings of one probe.
+pub const PROBE_PINGS_MAX: usize = 64;
+
+/// Requests on one connection of a probe: its pings and room for every other question.
+pub(crate) const PROBE_REQUESTS_MAX: usize = PROBE_PINGS_MAX + 8;
+
+/// From the greeting to the end of one connection of a probe. The command that asks is done after 20 s.
+pub const PROBE_SECONDS_MAX: u64 = 30;
+
+/// TCP connect, and then the handshake, of a probe: it has to tell within seconds that nobody answers.
+pub const PROBE_CONNECT_SECONDS_MAX: u64 = 4;
+
+/// Any answer of a probe. Reference results may have to be computed first, on a machine that is training.
+pub const PROBE_ANSWER_SECONDS_MAX: u64 = 8;
+
+/// How long one connection of a probe waits for one of those before it to end.
+pub const PROBE_SLOT_SECONDS_MAX: u64 = 2;
+
+/// Vectors of reference results: 30 operations, loss, gradient and parameters, and as many again.
+pub const PROBE_VECTORS_MAX: usize = 64;
+
+/// Numbers in one of them: 8 times the largest operation's 64 x 256. As f32 they are 512 KiB, half a frame.
+pub const PROBE_VECTOR_VALUES_MAX: usize = 1 << 17;
+
+const _: () = assert!(PROBE_VECTOR_VALUES_MAX * size_of::<f32>() <= FRAME_BYTES_MAX / 2);

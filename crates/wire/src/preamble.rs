@@ -22,6 +22,8 @@ pub enum Purpose {
     Control = 1,
     /// Chunks of blobs, asked for by the side that connects.
     Blob = 2,
+    /// Questions about the connection and the machines at its ends, see [`crate::probe`].
+    Probe = 3,
 }
 
 /// Why a peer's preamble was refused.
@@ -87,6 +89,7 @@ pub(crate) fn decode(bytes: &[u8; PREAMBLE_BYTES]) -> Result<Purpose, PreambleEr
         std::cmp::Ordering::Equal => match bytes[10] {
             1 => Ok(Purpose::Control),
             2 => Ok(Purpose::Blob),
+            3 => Ok(Purpose::Probe),
             other => Err(PreambleError::Purpose(other)),
         },
     }
@@ -101,6 +104,7 @@ mod tests {
         let ours = PROTOCOL_VERSION;
         assert_eq!(decode(&encode(ours, 1)), Ok(Purpose::Control));
         assert_eq!(decode(&encode(ours, 2)), Ok(Purpose::Blob));
+        assert_eq!(decode(&encode(ours, 3)), Ok(Purpose::Probe));
         assert_eq!(decode(&encode(ours, 9)), Err(PreambleError::Purpose(9)));
         assert_eq!(decode(b"GET / HTTP/1"), Err(PreambleError::NotBeringia));
         let older = decode(&encode(ours - 1, 1)).unwrap_err();

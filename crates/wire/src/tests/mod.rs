@@ -2,6 +2,7 @@
 
 mod blobs;
 mod messages;
+mod probes;
 mod strangers;
 
 use crate::{Connection, Identity, Listener, ListenerLimits, Purpose, Traffic, connect};
