@@ -18,7 +18,7 @@ mod transformers;
 mod watch;
 
 use clap::{Parser, Subcommand};
-use commands::{eval, export, init, join, lab, logits, measure, sample, serve, status, train};
+use commands::{devices, doctor, eval, export, init, join, lab, logits, measure, sample, serve, status, train};
 use failure::Failure;
 use output::Output;
 use std::process::ExitCode;
@@ -46,6 +46,8 @@ enum Command {
     Eval(eval::Args),
     Export(export::Args),
     Lab(lab::Args),
+    Devices(devices::Args),
+    Doctor(doctor::Args),
     #[command(hide = true)]
     Logits(logits::Args),
     #[command(hide = true)]
@@ -79,6 +81,8 @@ fn run(command: Command, output: &Output) -> Result<(), Failure> {
         Command::Eval(args) => eval::run(args, output),
         Command::Export(args) => export::run(args, output),
         Command::Lab(args) => lab::run(args, output),
+        Command::Devices(args) => devices::run(args, output),
+        Command::Doctor(args) => doctor::run(args, output),
         Command::Logits(args) => logits::run(args, output),
         Command::Measure(args) => measure::run(args, output),
     }

@@ -4,6 +4,7 @@
 //! persist, send, tell. Every queue is bounded; a site that does not read its messages is dropped, not waited for.
 
 use crate::files::{FilesError, RunFiles, Served};
+use crate::probes::{Probes, ReferenceSource};
 use crate::store::{Line, Store, StoreError};
 use base::{ContentHash, Hint, Round, SiteId};
 use rounds::coordinator::Note;
@@ -37,7 +38,7 @@ const TICK: Duration = Duration::from_secs(1);
 /// From an authenticated connection to its greeting.
 const GREETING_SECONDS_MAX: u64 = 10;
 
-/// Authenticated connections that have not greeted yet, and observers being answered.
+/// Authenticated connections that have not greeted yet, and probes being answered.
 const GREETINGS_MAX: usize = 256;
 
 /// The span over which refusals are counted: see [`REFUSALS_REPORTED_PER_MINUTE_MAX`].
@@ -63,6 +64,8 @@ pub struct ServeOptions {
     pub rounds_max: Option<u64>,
     /// Finish after this time of training.
     pub train_seconds_max: Option<f64>,
+    /// Numbers of an engine on this machine, for `beringia doctor` to compare with.
+    pub reference: Option<ReferenceSource>,
 }
 
 /// How the run, or this coordinator's part in it, ended.
@@ -153,6 +156,7 @@ pub async fn serve(
 enum Told {
     Greeted(Box<(Greeting, Connection)>),
     NotGreeted(SocketAddr, RecvError),
+    ProbeRefused(SocketAddr, String),
     Said(SiteId, u64, FromSite),
     Lost(SiteId, u64),
 }
@@ -174,6 +178,7 @@ struct Shell {
     view: RunView,
     admitted: BTreeMap<ContentHash, SiteId>,
     may_fetch: Arc<RwLock<BTreeSet<ContentHash>>>,
+    probes: Arc<Probes>,
     links: BTreeMap<SiteId, Link>,
     links_made: u64,
     began: Instant,
@@ -219,6 +224,8 @@ impl Shell {
         store.append(&Line::Decision(record))?;
         let may_fetch: Arc<RwLock<BTreeSet<ContentHash>>> = Arc::new(RwLock::new(admitted.keys().copied().collect()));
         let (told, inbox) = mpsc::channel(INBOX_MAX);
+        let (run, reference) = (files.config.run.name.clone(), options.reference.clone());
+        let probes = Arc::new(Probes::new(run, secret.clone(), Arc::clone(&may_fetch), reference));
         let mut shell = Self {
             served: Arc::new(Served::new(&files, Arc::clone(&may_fetch))),
             files: Arc::new(files),
@@ -230,6 +237,7 @@ impl Shell {
             view: RunView::default(),
             admitted,
             may_fetch,
+            probes,
             links: BTreeMap::new(),
             links_made: 0,
             began: Instant::now(),
@@ -327,6 +335,11 @@ impl Shell {
                     let _ended = wire::serve_blobs(connection, served).await;
                 });
             }
+            ListenerEvent::Incoming(Incoming { purpose: Purpose::Probe, connection })
+                if self.greetings.len() < GREETINGS_MAX =>
+            {
+                self.greetings.spawn(answer_probe(Arc::clone(&self.probes), connection, self.told.clone()));
+            }
             ListenerEvent::Incoming(Incoming { connection, .. }) if self.greetings.len() < GREETINGS_MAX => {
                 self.greetings.spawn(hear_greeting(connection, self.told.clone()));
             }
@@ -355,6 +368,10 @@ impl Shell {
             Told::Greeted(greeted) => self.greeted(greeted.0, greeted.1),
             Told::NotGreeted(address, problem) => {
                 self.tell_refusal(address.to_string(), format!("no greeting: {problem}"));
+                Ok(())
+            }
+            Told::ProbeRefused(address, reason) => {
+                self.tell_refusal(address.to_string(), reason);
                 Ok(())
             }
             Told::Said(site, number, message) if self.is_current(site, number) => self.said(site, message),
@@ -647,6 +664,14 @@ async fn hear_greeting(mut connection: Connection, told: mpsc::Sender<Told>) {
     };
     // The loop is gone only when the process ends.
     let _ended = told.send(heard).await;
+}
+
+async fn answer_probe(probes: Arc<Probes>, connection: Connection, told: mpsc::Sender<Told>) {
+    let address = connection.address();
+    if let Some(reason) = probes.answer(connection, Duration::from_secs(GREETING_SECONDS_MAX)).await {
+        // The loop is gone only when the process ends.
+        let _ended = told.send(Told::ProbeRefused(address, reason)).await;
+    }
 }
 
 async fn write(mut sender: Sender, mut waiting: mpsc::Receiver<FromCoordinator>) {

@@ -1,5 +1,7 @@
 //! One file a command: its arguments, which are its help, and what it does with them.
 
+pub(crate) mod devices;
+pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod init;

@@ -1,12 +1,13 @@
 //! `beringia serve`: the coordinator of a run.
 
+use super::doctor;
 use crate::failure::Failure;
 use crate::models::refresh_initial_state;
 use crate::output::Output;
 use crate::signals::{runtime, stop_requested};
 use crate::watch::Watch;
 use base::layout::{COORDINATOR_LOG, EVENTS_FILE};
-use coordinator::{FileStore, RunFiles, ServeOptions};
+use coordinator::{FileStore, ReferenceSource, RunFiles, ServeOptions};
 use site::RunFolder;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -54,6 +55,7 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         advertised_host: args.advertise,
         rounds_max: args.rounds,
         train_seconds_max: args.minutes.map(|minutes| minutes * 60.0),
+        reference: Some(ReferenceSource::new(doctor::reference_here)),
     };
     let (name, sites) = (files.config.run.name.clone(), files.config.sync.sites);
     let runtime = runtime()?;
