@@ -373,7 +373,10 @@ pub(crate) fn environment(folder: &Path) -> Vec<(&'static str, OsString)> {
         path.push(":");
         path.push(inherited);
     }
-    vec![("PYTHONPATH", path), ("PYTHONDONTWRITEBYTECODE", "1".into()), (MARK_VARIABLE, folder.into())]
+    let on = || OsString::from("1");
+    // Nothing is imported from the folder that the agent happens to run in.
+    let switches = [("PYTHONSAFEPATH", on()), ("PYTHONDONTWRITEBYTECODE", on())];
+    [("PYTHONPATH", path), (MARK_VARIABLE, folder.into())].into_iter().chain(switches).collect()
 }
 
 /// `word` as a shell reads it back.
@@ -411,7 +414,7 @@ pub(crate) fn spawn_error(engine: &str, program: &std::ffi::OsStr, error: &io::E
     match error.kind() {
         ErrorKind::NotFound => EngineError::Missing {
             engine: engine.to_owned(),
-            what: "Python 3.10 or newer".to_owned(),
+            what: "Python 3.11 or newer".to_owned(),
             reason: format!("there is no '{program}'"),
             install: "sudo apt-get install python3 python3-pip && python3 -m pip install torch".to_owned(),
         },
@@ -471,7 +474,7 @@ mod tests {
             ..TorchOptions::new("cuda")
         };
         let line = CommandLine::new(&options, Path::new("/f"), Path::new("/f/engine.sock")).line();
-        let expected = "PYTHONDONTWRITEBYTECODE=1 BERINGIA_TORCH_FOLDER=/f '/opt/it'\\''s here/python' -u -m \
+        let expected = "BERINGIA_TORCH_FOLDER=/f PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 '/opt/it'\\''s here/python' -u -m \
             torch.distributed.run --standalone --nproc-per-node 4 -m beringia_torch --socket /f/engine.sock \
             --device cuda --precision auto --compile auto --threads 2";
         assert!(line.starts_with("PYTHONPATH=/f"), "{line}");
