@@ -110,14 +110,11 @@ impl Watch {
     }
 }
 
-/// What is shown even where progress is not: a warning with its hint, a checkpoint that was passed over.
+/// What is shown even where progress is not: whatever is not part of a run without trouble.
 pub(crate) fn warning_text(event: &Event) -> Option<String> {
-    match event {
-        Event::Warning { message, hint: Some(hint) } => Some(format!("warning: {message}\nhint: {hint}")),
-        Event::Warning { message, hint: None } => Some(format!("warning: {message}")),
-        Event::CheckpointSkipped { path, reason } => {
-            Some(format!("warning: {path} is not used: {reason}; the one before it is"))
-        }
-        _ => None,
-    }
+    let (message, hint) = event.warning()?;
+    Some(match hint {
+        Some(hint) => format!("warning: {message}\nhint: {hint}"),
+        None => format!("warning: {message}"),
+    })
 }

@@ -286,7 +286,8 @@ impl Engine for BurnEngine {
         self.on_device(|engine| {
             let parameters = engine.parameters.clone();
             let micro_batches = micro_batches(batch, engine.train.micro_batch_samples);
-            let losses: Vec<Tensor<1>> = micro_batches.map(|micro_batch| engine.loss_sum(&parameters, &micro_batch)).collect();
+            let losses: Vec<Tensor<1>> =
+                micro_batches.map(|micro_batch| engine.loss_sum(&parameters, &micro_batch)).collect();
             let losses = weights::download(&Tensor::cat(losses, 0), engine.name())?;
             Ok(LossSum { nats: losses.into_iter().map(f64::from).sum(), tokens: batch.predicted_tokens() })
         })

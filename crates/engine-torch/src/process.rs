@@ -326,6 +326,12 @@ fn accept(listener: &UnixListener, leash: &Leash, deadline: Instant) -> Result<U
     }
 }
 
+/// A port on this host that nobody listens on now; 0, which no rank can meet at, where there is none.
+fn free_port() -> u16 {
+    let bound = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0));
+    bound.and_then(|listener| listener.local_addr()).map_or(0, |address| address.port())
+}
+
 /// The command that makes Python connect to `socket`: program, arguments and what is added to the environment.
 struct CommandLine {
     words: Vec<OsString>,
@@ -333,13 +339,15 @@ struct CommandLine {
 }
 
 impl CommandLine {
-    fn new(options: &TorchOptions, folder: &Path, socket: &Path) -> Self {
+    /// `master_port` is where ranks meet.
+    fn new(options: &TorchOptions, folder: &Path, socket: &Path, master_port: u16) -> Self {
         let mut words = vec![options.interpreter().into_os_string(), "-u".into(), "-m".into()];
         if options.ranks > 1 {
-            let ranks = options.ranks.to_string();
-            for word in ["torch.distributed.run", "--standalone", "--nproc-per-node", &ranks, "-m"] {
-                words.push(word.into());
-            }
+            let (ranks, port) = (options.ranks.to_string(), master_port.to_string());
+            // Not `--standalone`: its rendezvous unpickles what it reads from a store on this host.
+            let nodes = ["--nnodes", "1", "--master-addr", "127.0.0.1", "--master-port", &port];
+            let launcher = [&["torch.distributed.run"], &nodes[..], &["--nproc-per-node", &ranks, "-m"]].concat();
+            words.extend(launcher.into_iter().map(OsString::from));
         }
         words.extend([PACKAGE.into(), "--socket".into(), socket.into()]);
         let (precision, compile) = (options.precision.to_string(), options.compile.to_string());
@@ -391,7 +399,7 @@ fn quoted(word: &std::ffi::OsStr) -> String {
 
 /// Starts Python, or shows how.
 fn launch(options: &TorchOptions, folder: &Path, socket: &Path, leash: &Leash) -> Result<Tail, EngineError> {
-    let line = CommandLine::new(options, folder, socket);
+    let line = CommandLine::new(options, folder, socket, free_port());
     match &options.start {
         Start::Print(show) => {
             show(&line.line());
@@ -473,10 +481,10 @@ mod tests {
             ranks: 4,
             ..TorchOptions::new("cuda")
         };
-        let line = CommandLine::new(&options, Path::new("/f"), Path::new("/f/engine.sock")).line();
+        let line = CommandLine::new(&options, Path::new("/f"), Path::new("/f/engine.sock"), 29_500).line();
         let expected = "BERINGIA_TORCH_FOLDER=/f PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 '/opt/it'\\''s here/python' -u -m \
-            torch.distributed.run --standalone --nproc-per-node 4 -m beringia_torch --socket /f/engine.sock \
-            --device cuda --precision auto --compile auto --threads 2";
+            torch.distributed.run --nnodes 1 --master-addr 127.0.0.1 --master-port 29500 --nproc-per-node 4 \
+            -m beringia_torch --socket /f/engine.sock --device cuda --precision auto --compile auto --threads 2";
         assert!(line.starts_with("PYTHONPATH=/f"), "{line}");
         assert!(line.ends_with(expected), "{line}");
     }
@@ -484,7 +492,7 @@ mod tests {
     #[test]
     fn one_rank_needs_no_torchrun() {
         let options = TorchOptions { python: Some("python3".into()), ..TorchOptions::new("cpu") };
-        let line = CommandLine::new(&options, Path::new("/f"), Path::new("/f/engine.sock")).line();
+        let line = CommandLine::new(&options, Path::new("/f"), Path::new("/f/engine.sock"), 29_500).line();
         assert!(line.contains(" python3 -u -m beringia_torch --socket /f/engine.sock --device cpu "), "{line}");
     }
 }

@@ -66,6 +66,9 @@ pub(crate) struct Args {
     /// Where to keep everything; a new folder in `lab/` unless given.
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
+    /// Size of the model, in parameters.
+    #[arg(long, value_enum, default_value = "1m")]
+    size: Size,
     /// A key of run.toml to set, as in sync.inner_steps=50; may be repeated.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     overrides: Vec<Override>,
@@ -222,9 +225,10 @@ impl Lab {
             corpus.file_bytes() / 1_000_000,
             corpus.files().len()
         ));
-        let model = ModelSource::Size(Size::Million1);
-        let tokenizer = TokenizerSource::Train { vocabulary_size: LAB_VOCABULARY };
-        overrides::check(&Size::Million1.config("lab", LAB_VOCABULARY), &args.overrides)?;
+        let model = ModelSource::Size(args.size);
+        let vocabulary_size = vocabulary_size(args.size);
+        let tokenizer = TokenizerSource::Train { vocabulary_size };
+        overrides::check(&args.size.config("lab", vocabulary_size), &args.overrides)?;
         let configure = |config: &mut RunConfig| {
             configure(config, sites);
             overrides::apply(config, &args.overrides);
@@ -354,8 +358,13 @@ impl Lab {
     }
 }
 
-/// Tokens of the lab's vocabulary: small, so that a minute of training is spent on the model and not on rare tokens.
-const LAB_VOCABULARY: usize = 1_024;
+/// Tokens of the vocabulary: of the smallest model few, so that a minute of training is spent on it and not on rare tokens.
+fn vocabulary_size(size: Size) -> usize {
+    match size {
+        Size::Million1 => 1_024,
+        larger => larger.vocabulary_size(),
+    }
+}
 
 /// What the plan counts on, so that the time given is kept with validations and saves in it.
 const PLANNED_UTILISATION: f64 = 0.85;
