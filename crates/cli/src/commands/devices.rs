@@ -181,6 +181,6 @@ engine  name         maker   memory  driver  f32 TFLOP/s  bf16 TFLOP/s  copy GB/
 flex    A processor  -      16.0 GB  1.2               -             -          -
 cuda:0  GPU          -            -  1.2           12.35             -     1500.0
 ";
-        assert_eq!(table(&devices).replace("12.35", "12.35"), expected);
+        assert_eq!(table(&devices), expected);
     }
 }

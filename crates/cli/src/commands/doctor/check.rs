@@ -73,9 +73,9 @@ impl Check {
 
     /// Two lines at most: the fact, and the hint under it.
     pub(super) fn render(&self) -> String {
-        let line = format!("{:<8} {:<15} {}", self.status.word(), self.name, self.fact);
+        let line = format!("{:<8} {:<16} {}", self.status.word(), self.name, self.fact);
         match &self.hint {
-            Some(hint) => format!("{line}\n{:24} hint: {hint}", ""),
+            Some(hint) => format!("{line}\n{:25} hint: {hint}", ""),
             None => line,
         }
     }
@@ -99,7 +99,7 @@ mod tests {
         let check = Check::warning("disk", "1.0 GB free", "make room: `df -h .`").with("free_bytes", 1_000_000_000u64);
         assert_eq!(
             check.render(),
-            "warning  disk            1.0 GB free\n                         hint: make room: `df -h .`"
+            "warning  disk             1.0 GB free\n                          hint: make room: `df -h .`"
         );
         let object = serde_json::to_value(&check).unwrap();
         let expected = serde_json::json!({

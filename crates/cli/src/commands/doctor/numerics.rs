@@ -180,17 +180,16 @@ impl Comparison {
         let bounds = bounds.into_iter().chain(step_bounds(local.precision));
         let others = other.into_iter().flat_map(|reference| &reference.vectors);
         let rows = local.values.iter().zip(bounds).zip(others);
-        let row =
-            |(((name, values), bound), other): ((&(&'static str, Result<Vec<f32>, String>), f64), &ReferenceVector)| {
-                let distance = values.as_ref().map_or(f64::INFINITY, |values| relative_distance(values, &other.values));
-                Row { name, distance, bound, problem: values.as_ref().err().cloned() }
-            };
+        let rows = rows.map(|(((name, values), bound), other)| {
+            let distance = values.as_ref().map_or(f64::INFINITY, |values| relative_distance(values, &other.values));
+            Row { name, distance, bound, problem: values.as_ref().err().cloned() }
+        });
         let of =
             |reference: &Reference| [reference.engine.clone(), reference.device.clone(), reference.precision.clone()];
         Self {
             local: [local.engine.clone(), local.device.clone(), local.precision.to_string()],
             other: other.map(of).unwrap_or_default(),
-            rows: rows.map(row).collect(),
+            rows: rows.collect(),
         }
     }
 
