@@ -12,7 +12,10 @@ use engine::{DeviceInfo, EngineError, Precision};
 use std::sync::{Mutex, PoisonError};
 
 #[cfg(feature = "wgpu")]
-use cubecl::device::{WgpuBackend, WgpuDevice, WgpuDeviceKind};
+use cubecl::device::{WgpuDevice, WgpuDeviceKind};
+
+#[cfg(any(feature = "vulkan", feature = "metal"))]
+use cubecl::device::WgpuBackend;
 
 /// What was found and opened so far.
 struct Registry {
@@ -51,7 +54,7 @@ pub(super) fn list(stack: Stack) -> Result<Vec<cubecl::Device>, EngineError> {
 fn probe(stack: Stack) -> Vec<cubecl::Device> {
     match stack {
         #[cfg(feature = "wgpu")]
-        Stack::Wgpu => adapters(WgpuBackend::Auto),
+        Stack::Wgpu => adapters_of_any_interface(),
         #[cfg(feature = "vulkan")]
         Stack::Vulkan => adapters(WgpuBackend::Vulkan),
         #[cfg(feature = "metal")]
@@ -64,14 +67,31 @@ fn probe(stack: Stack) -> Vec<cubecl::Device> {
     }
 }
 
+/// Adapters of the graphics interface that wgpu prefers here, asked for once: each question opens every driver, and some write to the
+/// terminal.
+#[cfg(feature = "wgpu")]
+fn adapters_of_any_interface() -> Vec<cubecl::Device> {
+    let rank = |device: &cubecl::Device| match device {
+        cubecl::Device::Wgpu(WgpuDevice { kind: WgpuDeviceKind::DiscreteGpu(_), .. }) => Some(0),
+        cubecl::Device::Wgpu(WgpuDevice { kind: WgpuDeviceKind::IntegratedGpu(_), .. }) => Some(1),
+        cubecl::Device::Wgpu(WgpuDevice { kind: WgpuDeviceKind::VirtualGpu(_), .. }) => Some(2),
+        cubecl::Device::Wgpu(WgpuDevice { kind: WgpuDeviceKind::Other(_), .. }) => Some(3),
+        cubecl::Device::Wgpu(_) => Some(4),
+        _ => None,
+    };
+    let devices = cubecl::Device::enumerate_all().into_iter();
+    let mut ranked: Vec<_> = devices.filter_map(|device| Some((rank(&device)?, device))).collect();
+    ranked.sort_by_key(|(rank, _)| *rank);
+    ranked.into_iter().map(|(_, device)| device).collect()
+}
+
 /// Adapters of one graphics interface: GPUs with memory of their own, then those that share the host's, then what stands for a
 /// GPU.
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "vulkan", feature = "metal"))]
 fn adapters(backend: WgpuBackend) -> Vec<cubecl::Device> {
     let named = |kind: WgpuDeviceKind| match backend {
-        WgpuBackend::Vulkan => cubecl::Device::vulkan(kind).ok(),
         WgpuBackend::Metal => cubecl::Device::metal_msl(kind).ok(),
-        _ => cubecl::Device::wgpu(kind).ok(),
+        _ => cubecl::Device::vulkan(kind).ok(),
     };
     let kinds: [fn(usize) -> WgpuDeviceKind; 4] =
         [WgpuDeviceKind::DiscreteGpu, WgpuDeviceKind::IntegratedGpu, WgpuDeviceKind::VirtualGpu, WgpuDeviceKind::Other];
