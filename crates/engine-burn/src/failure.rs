@@ -10,6 +10,7 @@ use engine::EngineError;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 use std::sync::{Mutex, Once, PoisonError};
+use std::time::Instant;
 
 /// CubeCL names its threads `DSU-…` and `DSD-…`: device service, upstream and downstream.
 const DEVICE_THREAD_NAMES: [&str; 2] = ["DSU-", "DSD-"];
@@ -21,8 +22,9 @@ const REASON_CHARS_MAX: usize = 300;
 const OUT_OF_MEMORY_PHRASES: [&str; 6] =
     ["out of memory", "out-of-memory", "out of device memory", "can't allocate", "not enough memory", "outofmemory"];
 
-/// What a device's thread last said in a panic.
-static DEVICE_PANIC: Mutex<Option<String>> = Mutex::new(None);
+/// What a device's thread last said in a panic, and when. Of several devices in one process the last one is heard: then a failure may
+/// be explained by another's words.
+static DEVICE_PANIC: Mutex<Option<(Instant, String)>> = Mutex::new(None);
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
@@ -31,20 +33,20 @@ thread_local! {
 /// Runs `call` on `device`; a panic becomes an error.
 pub(crate) fn guarded<T>(device: &str, call: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
     install_hook();
-    take_device_panic();
+    let start = Instant::now();
     let outer = QUIET.replace(true);
     let outcome = catch_unwind(AssertUnwindSafe(call));
     QUIET.set(outer);
     match outcome {
         Ok(Err(EngineError::Device { reason, .. })) => {
             // The device's own thread knows better why a buffer is missing.
-            Err(classify(device, &take_device_panic().unwrap_or(reason)))
+            Err(classify(device, &device_panic_since(start).unwrap_or(reason)))
         }
         Ok(result) => result,
         Err(payload) => {
             let text = payload.downcast_ref::<String>().map(String::as_str);
             let message = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("it panicked");
-            Err(classify(device, &take_device_panic().unwrap_or_else(|| message.to_owned())))
+            Err(classify(device, &device_panic_since(start).unwrap_or_else(|| message.to_owned())))
         }
     }
 }
@@ -71,9 +73,10 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-fn take_device_panic() -> Option<String> {
-    // A panic while it was held leaves an option of a string: nothing can be half done.
-    DEVICE_PANIC.lock().unwrap_or_else(PoisonError::into_inner).take()
+fn device_panic_since(start: Instant) -> Option<String> {
+    // A panic while it was held leaves a time and a string: nothing can be half done.
+    let last = DEVICE_PANIC.lock().unwrap_or_else(PoisonError::into_inner);
+    last.as_ref().filter(|(when, _)| *when >= start).map(|(_, text)| text.clone())
 }
 
 /// Puts a panic hook before the present one that keeps silent about panics which [`guarded`] reports.
@@ -95,7 +98,7 @@ fn install_hook() {
 
 fn keep(info: &PanicHookInfo<'_>) {
     let text = info.payload_as_str().unwrap_or("it panicked").to_owned();
-    *DEVICE_PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+    *DEVICE_PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), text));
 }
 
 #[cfg(test)]
