@@ -142,7 +142,7 @@ impl BurnEngine {
         result
     }
 
-    fn name(&self) -> &str {
+    fn device_name(&self) -> &str {
         &self.opened.info.engine
     }
 
@@ -231,10 +231,10 @@ impl BurnEngine {
             };
         }
         // Read only now: the device has been given all its work and does not wait for the host.
-        let losses = weights::download(&Tensor::cat(losses, 0), self.name())?;
+        let losses = weights::download(&Tensor::cat(losses, 0), self.device_name())?;
         let loss_nats = losses.into_iter().map(f64::from).sum::<f64>() / tokens;
         check_finite("loss", loss_nats)?;
-        let norm = self.optimizer.gradient_norm(&gradients, self.name())?;
+        let norm = self.optimizer.gradient_norm(&gradients, self.device_name())?;
         check_finite("gradient norm", norm)?;
         self.rows_trained = self.rows_trained.max(rows);
         Ok(Backpropagated { loss_nats, gradients, norm })
@@ -275,7 +275,7 @@ impl Engine for BurnEngine {
         self.check_batch(batch)?;
         self.on_device(|engine| {
             let Backpropagated { loss_nats, gradients, norm } = engine.backpropagate(batch)?;
-            weights::read_fragment(&engine.schema, &gradients, &whole, gradient, engine.name())?;
+            weights::read_fragment(&engine.schema, &gradients, &whole, gradient, engine.device_name())?;
             Ok(report(batch, loss_nats, norm, start))
         })
     }
@@ -288,7 +288,7 @@ impl Engine for BurnEngine {
             let micro_batches = micro_batches(batch, engine.train.micro_batch_samples);
             let losses: Vec<Tensor<1>> =
                 micro_batches.map(|micro_batch| engine.loss_sum(&parameters, &micro_batch)).collect();
-            let losses = weights::download(&Tensor::cat(losses, 0), engine.name())?;
+            let losses = weights::download(&Tensor::cat(losses, 0), engine.device_name())?;
             Ok(LossSum { nats: losses.into_iter().map(f64::from).sum(), tokens: batch.predicted_tokens() })
         })
     }
@@ -303,14 +303,14 @@ impl Engine for BurnEngine {
         self.check_forward(1, tokens.len())?;
         self.on_device(|engine| {
             let logits = engine.model.logits(&engine.parameters, tokens, 1);
-            weights::download(&logits, engine.name())
+            weights::download(&logits, engine.device_name())
         })
     }
 
     fn read_fragment(&mut self, fragment: &Fragment, values: &mut [f32]) -> Result<(), EngineError> {
         weights::check_fragment(&self.schema, fragment, values.len())?;
         self.on_device(|engine| {
-            weights::read_fragment(&engine.schema, &engine.parameters, fragment, values, engine.name())
+            weights::read_fragment(&engine.schema, &engine.parameters, fragment, values, engine.device_name())
         })
     }
 
@@ -318,7 +318,7 @@ impl Engine for BurnEngine {
         weights::check_fragment(&self.schema, fragment, values.len())?;
         self.on_device(|engine| {
             let (schema, device) = (&engine.schema, &engine.opened.device);
-            let written = weights::written(schema, &engine.parameters, fragment, values, device, engine.name())?;
+            let written = weights::written(schema, &engine.parameters, fragment, values, device, engine.device_name())?;
             sync(&engine.opened)?;
             for (index, tensor) in written {
                 engine.parameters[index] = tensor;
@@ -329,7 +329,7 @@ impl Engine for BurnEngine {
 
     fn save(&mut self) -> Result<EngineState, EngineError> {
         self.on_device(|engine| {
-            let named = |tensors: &[Tensor<2>]| weights::to_named(&engine.schema, tensors, engine.name());
+            let named = |tensors: &[Tensor<2>]| weights::to_named(&engine.schema, tensors, engine.device_name());
             Ok(EngineState {
                 parameters: named(&engine.parameters)?,
                 first_moments: named(&engine.optimizer.first_moments)?,
@@ -370,9 +370,9 @@ impl Engine for BurnEngine {
 
     fn operation(&mut self, operation: &Operation) -> Result<Vec<f32>, EngineError> {
         self.on_device(|engine| {
-            let device = engine.name().to_owned();
+            let device = engine.device_name().to_owned();
             let result = operations::compute(operation, &engine.opened.device);
-            weights::download(&result.map_err(|reason| EngineError::Device { device, reason })?, engine.name())
+            weights::download(&result.map_err(|reason| EngineError::Device { device, reason })?, engine.device_name())
         })
     }
 }

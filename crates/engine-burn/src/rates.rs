@@ -64,7 +64,7 @@ fn copy_gigabytes_per_second(opened: &OpenDevice, allowed: Duration) -> Result<f
     best_rate(opened, lengths, allowed, |length| {
         let values = Tensor::<1>::zeros([length], &opened.device);
         // Read once, written once: 8 bytes an element.
-        (8.0 * length as f64 / 1e9, move || first(values.clone().add_scalar(1.0).slice([0..1])))
+        (8.0 * length as f64 / 1e9, move || first(values.clone().add_scalar(1.0).narrow(0, 0, 1)))
     })
 }
 
