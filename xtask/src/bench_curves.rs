@@ -121,6 +121,8 @@ fn train(
         "evaluate.every_rounds=1".to_owned(),
         "evaluate.sample_tokens=0".to_owned(),
         "checkpoint.every_rounds=1000".to_owned(),
+        // Losses are compared, not times: nobody is dropped for being slow on a busy machine.
+        "sync.deadline_seconds=3600.0".to_owned(),
     ] {
         command.args(["--set", &setting]);
     }
