@@ -29,8 +29,8 @@ pub(crate) struct Options {
     /// Rounds of each lab
     #[arg(long, value_name = "R", default_value_t = 3)]
     rounds: u64,
-    /// Inner steps in a round (H)
-    #[arg(long, value_name = "H", default_value_t = 50)]
+    /// Inner steps in a round (H); published runs have 30 to 500
+    #[arg(long, value_name = "H", default_value_t = 100)]
     inner_steps: u64,
     /// Samples in an inner step, over both sites
     #[arg(long, value_name = "SAMPLES", default_value_t = 16)]

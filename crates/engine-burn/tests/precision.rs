@@ -2,38 +2,19 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests may panic, as the tests do.
 
 use base::config::TrainSection;
-use base::{ModelShape, NamedTensors, TokenBatch};
+use base::{ModelShape, TokenBatch};
 use engine::conformance::{self, Expectations};
 use engine::{Engine, EngineError, Precision, PrecisionChoice};
 use engine_burn::BurnEngine;
 
 const BF16: PrecisionChoice = PrecisionChoice::Fixed(Precision::Bf16);
 
-/// All of the suite but the golden values, whose place the next test takes.
 #[test]
 fn bf16_products_conform() {
-    let factory = |shape: &ModelShape, train: &TrainSection, initial: &NamedTensors| -> Box<dyn Engine> {
-        Box::new(BurnEngine::new(shape, train, "flex", BF16, initial).unwrap())
-    };
-    let expected = Expectations { precision: Precision::Bf16, repeatable: true };
-    for tied in [false, true] {
-        let shape = conformance::tiny_shape(tied);
-        conformance::loss_at_start_is_that_of_guessing(&factory, &shape);
-        conformance::gradient_changes_nothing(&factory, &expected, &shape);
-        conformance::sgd_step_follows_the_gradient(&factory, &expected, &shape);
-        conformance::accumulation_equals_the_full_batch(&factory, &expected, &shape);
-        conformance::evaluation_and_logits_agree_with_the_loss(&factory, &expected, &shape);
-        conformance::future_tokens_change_nothing(&factory, &expected, &shape);
-        conformance::fragments_round_trip(&factory, &shape);
-        conformance::restored_engine_continues(&factory, &expected, &shape);
-        conformance::training_lowers_the_loss(&factory, &shape);
-    }
-    let shape = conformance::tiny_shape(false);
-    conformance::clipping_bounds_the_step(&factory, &shape);
-    conformance::numbers_that_are_not_finite_are_refused(&factory, &shape);
-    conformance::batches_that_do_not_fit_are_refused(&factory, &shape);
-    conformance::states_that_do_not_fit_are_refused(&factory, &shape);
-    conformance::operations_are_within_their_bounds(&factory, &shape);
+    conformance::run_all(
+        &|shape, train, initial| Box::new(BurnEngine::new(shape, train, "flex", BF16, initial).unwrap()),
+        &Expectations { precision: Precision::Bf16, repeatable: true },
+    );
 }
 
 /// Each gradient tensor against the same in f32. On the golden values one tensor is 5.4 % from PyTorch's in f32: differences of nearly
