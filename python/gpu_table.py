@@ -1,6 +1,6 @@
 """Measures the engines on an accelerator and writes the table for docs/benchmarks.md.
 
-One binary (built with `--features cuda` or `vulkan`), this file and a folder of text are enough: no network, no compiler, no
+One binary (built with `--features cuda,vulkan`), this file and a folder of text are enough: no network, no compiler, no
 package beyond the standard library; the PyTorch rows need an interpreter with PyTorch, which `--python` names.
 
     python3 python/gpu_table.py target/release/beringia --text FOLDER --size 100m --peak-tflops 989
@@ -19,6 +19,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -67,8 +68,9 @@ class Memory:
 
     @staticmethod
     def used():
-        line = first_line(MEMORY_QUERY)
-        return int(line.split(",")[0]) if line else None
+        used = (first_line(MEMORY_QUERY) or "").split(",")[0]
+        # Some devices answer `[N/A]`.
+        return int(used) if used.isdigit() else None
 
     def watch(self):
         while self.before is not None and not self.done.wait(POLL_SECONDS):
@@ -84,29 +86,45 @@ def first_line(command):
         return None
 
 
-def run(command, environment=None):
+def run(command, environment=None, timeout=None):
     """The object that a command prints, or the reason why it did not."""
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return None, f"not done after {timeout:.0f} s"
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()
         return None, (lines[-1] if lines else f"exit code {done.returncode}").removeprefix("error: ")
     return json.loads(done.stdout), None
 
 
-def measure(options, folder, rows, environment):
+def cuda_of_packages(python):
+    """Where NVRTC and CUDA's headers lie in the packages that PyTorch installs; nothing where a toolkit is set up."""
+    if os.environ.get("CUDA_PATH"):
+        return {}
+    place = first_line((python, "-c", "import nvidia; print(list(nvidia.__path__)[0])"))
+    for root, library in (("cu13", "cu13/lib"), ("cuda_runtime", "cuda_nvrtc/lib")):
+        if place and Path(place, root, "include", "cuda_fp16.h").exists():
+            paths = [str(Path(place, library)), os.environ.get("LD_LIBRARY_PATH")]
+            return {"CUDA_PATH": str(Path(place, root)), "LD_LIBRARY_PATH": ":".join(filter(None, paths))}
+    return {}
+
+
+def measure(options, folder, rows, environment, write):
     for repeat in range(options.repeats):
         for row in rows:
             if row.problem:
                 continue
             command = [options.binary, "--json", "measure", folder, "--samples", str(options.samples)]
             with Memory() as memory:
-                found, row.problem = run(
-                    [*command, "--seconds", str(options.seconds), *row.arguments()], environment
-                )
+                command += ["--seconds", str(options.seconds), *row.arguments()]
+                found, row.problem = run(command, environment, options.timeout)
             if found:
                 row.speeds.append(found["tokens_per_second"])
                 row.memory_mib = max(filter(None, (row.memory_mib, memory.most)), default=None)
             print(f"{row.text} {repeat + 1}: {found or row.problem}", file=sys.stderr)
+            # A machine that is lent for minutes may take itself back: what is known is on the disk.
+            write()
 
 
 def model_flop_per_token(folder):
@@ -151,12 +169,15 @@ def mixed(options, rows, environment, folder):
     command += ["--rounds", str(options.rounds), "--set", f"train.batch_samples={options.samples * 2}"]
     for site in sites:
         command += ["--site", site]
-    found, problem = run(command, environment)
+    found, problem = run(command, environment, options.timeout)
     if problem:
+        logs = Path(options.out).with_suffix(".lab")
+        shutil.copytree(folder, logs, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+        problem += f" (logs: {logs})"
         return f"Mixed run of {' + '.join(sites)}: {problem}"
     lines = [
         f"Mixed run of {' + '.join(sites)}: identical {str(found['identical']).lower()}, {found['rounds']} rounds, "
-        f"{found['utilisation']:.1%} of the sum alone.",
+        f"{found['utilisation']:.1%} of the sum alone (sites that share one device cannot reach the sum).",
         "",
         "| site | tokens/s | alone | share | idle |",
         "|---|---:|---:|---:|---:|",
@@ -178,7 +199,7 @@ def profile(options, folder, rows, environment):
     log = Path(options.out).with_suffix(".profile.log")
     settings = {"CUBECL_DEBUG_LOG": str(log), "CUBECL_DEBUG_OPTION": "profile-full"}
     command = [options.binary, "--json", "measure", folder, "--samples", str(options.samples), "--seconds", "1"]
-    _, problem = run([*command, *native.arguments()], {**environment, **settings})
+    _, problem = run([*command, *native.arguments()], {**environment, **settings}, options.timeout)
     if problem or not log.exists():
         return f"Profile of {native.engine}: {problem or 'CubeCL wrote none'}."
     return f"Profile of {native.engine}: {log} ({log.stat().st_size:,} bytes)."
@@ -194,6 +215,7 @@ def parse():
     parser.add_argument("--samples", type=int, default=16, help="samples in a step")
     parser.add_argument("--seconds", type=float, default=10.0, help="time of one measurement")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--timeout", type=float, default=180.0, help="longest time of one measurement or of the mixed run")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the mixed run")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the device; an H100 SXM or H200 has 989")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has PyTorch")
@@ -203,7 +225,7 @@ def parse():
 
 def main():
     options = parse()
-    environment = {**os.environ, "BERINGIA_PYTHON": options.python}
+    environment = {**os.environ, "BERINGIA_PYTHON": options.python, **cuda_of_packages(options.python)}
     with tempfile.TemporaryDirectory() as place:
         folder = str(Path(place, "run"))
         setting = f"train.micro_batch_samples={options.samples}"
@@ -214,24 +236,28 @@ def main():
         if problem:
             sys.exit(f"init: {problem}")
         rows = [Row(text) for text in options.engines]
-        measure(options, folder, rows, environment)
+        flop_per_token = model_flop_per_token(folder)
+
+        def write(*texts):
+            found = "\n\n".join([*texts[:2], table(rows, flop_per_token, options.peak_tflops), *texts[2:]])
+            Path(options.out).write_text(found + "\n", encoding="utf-8")
+            return found
+
+        measure(options, folder, rows, environment, write)
         devices, problem = run([options.binary, "--json", "devices", "--no-measure"], environment)
         listed = devices["devices"] if devices else []
         named = "; ".join(f"{d['info']['engine']} = {d['info']['name']} ({d['info']['driver']})" for d in listed)
         torch = first_line((options.python, "-c", "import torch; print(torch.__version__)"))
-        text = "\n\n".join(
-            [
-                f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} processors; {named or problem}; "
-                f"{first_line((options.binary, '--version'))}, PyTorch {torch or 'absent'}, "
-                f"{first_line(MEMORY_QUERY) or 'no nvidia-smi'}.",
-                f"Model: {made['parameters']:,} parameters, {options.samples} samples a step; median of {options.repeats}.",
-                table(rows, model_flop_per_token(folder), options.peak_tflops),
-                mixed(options, rows, environment, str(Path(place, "lab"))),
-                profile(options, folder, rows, environment),
-            ]
+        head = (
+            f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} processors; {named or problem}; "
+            f"{first_line((options.binary, '--version'))}, PyTorch {torch or 'absent'}, "
+            f"{first_line(MEMORY_QUERY) or 'no nvidia-smi'}.",
+            f"Model: {made['parameters']:,} parameters, {options.samples} samples a step; median of {options.repeats}.",
         )
-    Path(options.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+        write(*head)
+        together = mixed(options, rows, environment, str(Path(place, "lab")))
+        write(*head, together)
+        print(write(*head, together, profile(options, folder, rows, environment)))
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ impl EngineArgs {
     /// each shape; on the CPU nothing is compiled.
     pub(crate) fn hang_bounds(&self) -> HangBounds {
         let compile_seconds_max = match self.engine.as_str() {
-            "flex" | "torch:cpu" => 0.0,
+            "flex" => 0.0,
+            "torch:cpu" if self.torch_compile != Compile::On => 0.0,
             _ => COMPILE_SECONDS_MAX,
         };
         HangBounds { compile_seconds_max, ..HangBounds::default() }

@@ -179,7 +179,11 @@ impl BurnEngine {
         }
         self.torn = Some("the device failed in the middle of an optimiser step".to_owned());
         self.optimizer.step(&self.train, &mut self.parameters, gradients, &self.decayed, learning_rate, scale);
-        sync(&self.opened)?;
+        // Not out of memory any more, which would mean that nothing has changed.
+        sync(&self.opened).map_err(|error| EngineError::Device {
+            device: self.device_name().to_owned(),
+            reason: format!("it failed in the middle of an optimiser step: {error}"),
+        })?;
         self.torn = None;
         Ok(())
     }

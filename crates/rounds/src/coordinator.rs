@@ -11,7 +11,7 @@ use crate::ledger::{Ledger, LedgerTotals};
 use crate::plan::{
     Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan, SiteDevice,
 };
-use crate::shares::{Speed, follow, have_moved, portions};
+use crate::shares::{Speed, follow, have_drifted, portions};
 use base::{ContentHash, Round, RunConfig, SiteId, Term};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,6 +19,9 @@ use std::collections::{BTreeMap, BTreeSet};
 /// A round may take this many times its expected compute time, and `deadline_seconds` on top, before sites that have not
 /// delivered are dropped.
 pub const DEADLINE_FACTOR: f64 = 3.0;
+
+/// A shorter time says nothing of a speed.
+const COMPUTE_SECONDS_MIN: f64 = 1e-6;
 
 /// What the decisions depend on.
 #[derive(Debug, Clone, PartialEq)]
@@ -384,7 +387,8 @@ impl Coordinator {
         let honest = contribution.tokens == tokens
             && contribution.delta_bytes == self.settings.delta_bytes
             && contribution.loss_nats.is_finite()
-            && contribution.compute_seconds.is_finite();
+            && contribution.compute_seconds.is_finite()
+            && contribution.compute_seconds >= 0.0;
         if !honest {
             return self.drop_site(site, LeaveReason::Misbehaved, commands);
         }
@@ -395,7 +399,7 @@ impl Coordinator {
         let others = self.sites.iter().filter(|(id, other)| **id != site && other.current);
         commands.extend(others.map(|(id, _)| Command::Send(*id, directive.clone())));
         if let Some(site) = self.sites.get_mut(&site)
-            && contribution.compute_seconds > 0.0
+            && contribution.compute_seconds >= COMPUTE_SECONDS_MIN
         {
             site.speed.newest = tokens as f64 / contribution.compute_seconds;
         }
@@ -703,7 +707,7 @@ impl Coordinator {
         }
         let measured: Vec<f64> = speeds.iter().map(|speed| speed.believed).collect();
         let in_use: Vec<f64> = current.iter().filter_map(|site| self.weights.get(site).copied()).collect();
-        if in_use.len() == self.weights.len() && !have_moved(&in_use, &measured) {
+        if in_use.len() == self.weights.len() && !have_drifted(&in_use, &measured) {
             return in_use;
         }
         self.weights = current.iter().copied().zip(measured.iter().copied()).collect();

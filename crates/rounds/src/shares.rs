@@ -7,8 +7,7 @@
 //! Speeds are measured anew in every round. A jump is believed at once, small changes are averaged first ([`follow`]): a
 //! throttled device loses samples in the very next round, and noise moves nothing.
 
-/// A share moves only when some site's measured part of the total speed has changed by more than this fraction,
-/// so that noise does not.
+/// A share moves only when the speeds have changed by more than this fraction, so that noise does not.
 pub const SHARE_CHANGE_MIN: f64 = 0.10;
 
 /// Weight of the newest measurement in a speed that only drifts. Independent noise of 5 % a round is averaged to
@@ -56,10 +55,26 @@ pub fn divide(samples: u64, weights: &[f64]) -> Vec<u64> {
 }
 
 /// The portion of each site in a round of `steps` inner steps of `batch_samples` samples. A site whose samples are fewer
-/// than the steps takes one sample in that many steps; one without samples only follows.
+/// than the steps takes one sample in that many steps. In a round of several steps every site has a sample, if there are
+/// enough: a site that is given none would never be measured again. In a round of one step a sample too many would hold up
+/// the others, and the slowest site may only follow.
 pub fn portions(batch_samples: u64, steps: u64, weights: &[f64]) -> Vec<Portion> {
     let portion = |samples: u64| Portion { samples, steps: steps.min(samples) };
-    divide(batch_samples * steps, weights).into_iter().map(portion).collect()
+    let mut parts = divide(batch_samples * steps, weights);
+    if steps > 1 && batch_samples * steps >= parts.len() as u64 {
+        give_each_a_sample(&mut parts);
+    }
+    parts.into_iter().map(portion).collect()
+}
+
+/// Takes what a part lacks from the largest.
+fn give_each_a_sample(parts: &mut [u64]) {
+    while let Some(empty) = parts.iter().position(|part| *part == 0) {
+        // The first of the largest, whatever the order in which equals are met.
+        let largest = (0..parts.len()).fold(0, |best, index| if parts[index] > parts[best] { index } else { best });
+        parts[largest] -= 1;
+        parts[empty] += 1;
+    }
 }
 
 /// Samples of inner step `index` (from 0) of `steps`, of a round of `samples`:
@@ -70,7 +85,17 @@ pub fn step_samples(samples: u64, steps: u64, index: u64) -> u64 {
     (before(index + 1) - before(index)) as u64
 }
 
-/// Whether measured speeds have moved far enough from the weights in use to divide anew.
+/// Whether averaged speeds have left the weights in use: some site has become faster or slower, against some other, by
+/// more than [`SHARE_CHANGE_MIN`]. What all sites have in common changes no share.
+pub fn have_drifted(in_use: &[f64], believed: &[f64]) -> bool {
+    let changes = || in_use.iter().zip(believed).map(|(in_use, believed)| believed / in_use);
+    let largest = changes().fold(f64::NEG_INFINITY, f64::max);
+    let smallest = changes().fold(f64::INFINITY, f64::min);
+    in_use.len() != believed.len() || largest / smallest > 1.0 + SHARE_CHANGE_MIN
+}
+
+/// Whether newest measurements differ so much from what is believed that noise does not explain it: some site's part of the
+/// total speed has changed by more than [`SHARE_CHANGE_MIN`].
 pub fn have_moved(in_use: &[f64], measured: &[f64]) -> bool {
     let part = |weights: &[f64], index: usize| weights[index] / weights.iter().sum::<f64>();
     in_use.len() != measured.len()
@@ -82,9 +107,10 @@ pub fn have_moved(in_use: &[f64], measured: &[f64]) -> bool {
 pub fn follow(speeds: &mut [Speed]) {
     let newest: Vec<f64> = speeds.iter().map(|speed| speed.newest).collect();
     let believed: Vec<f64> = speeds.iter().map(|speed| speed.believed).collect();
-    let weight = if have_moved(&believed, &newest) { 1.0 } else { SPEED_SMOOTHING };
+    let jumped = have_moved(&believed, &newest);
     for speed in speeds {
-        speed.believed += weight * (speed.newest - speed.believed);
+        speed.believed =
+            if jumped { speed.newest } else { speed.believed + SPEED_SMOOTHING * (speed.newest - speed.believed) };
     }
 }
 
@@ -132,6 +158,24 @@ mod tests {
         assert!(have_moved(&[1.0, 2.0], &[1.3, 2.0]));
         assert!(!have_moved(&[1.0, 2.0], &[2.0, 4.0]));
         assert!(have_moved(&[1.0], &[1.0, 1.0]));
+    }
+
+    #[test]
+    fn drift_is_seen_between_any_two_sites() {
+        assert!(!have_drifted(&[1.0, 1.0], &[0.95, 1.0]));
+        assert!(have_drifted(&[1.0, 1.0], &[0.85, 1.0]), "15 % of one of two sites changes its part by 8 % only");
+        assert!(!have_drifted(&[1.0, 2.0], &[2.0, 4.0]), "all sites alike");
+        assert!(have_drifted(&[1.0], &[1.0, 1.0]));
+    }
+
+    #[test]
+    fn no_site_of_a_long_round_is_left_without_a_sample() {
+        let samples = |batch, steps, weights: &[f64]| -> Vec<u64> {
+            portions(batch, steps, weights).iter().map(|portion| portion.samples).collect()
+        };
+        assert_eq!(samples(8, 20, &[1e4, 1.0, 1.0]), [158, 1, 1]);
+        assert_eq!(samples(8, 1, &[1e4, 1.0, 1.0]), [8, 0, 0]);
+        assert_eq!(samples(1, 2, &[1e4, 1.0, 1.0]), [2, 0, 0], "two samples are not enough for three");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::folder::{FolderError, RunFolder};
 use crate::join::{JoinError, conversation, fetch_run, greet};
 use crate::state::TrainingState;
 use crate::trainer::{TrainError, Trainer};
-use crate::watchdog::{EngineWatch, Hang, HangBounds};
+use crate::watchdog::{Call, EngineWatch, Hang, HangBounds};
 use crate::worker::{Done, Job, Worker};
 use base::{ContentHash, Hint, Round, RunConfig, SiteId};
 use bytes::Bytes;
@@ -41,6 +41,9 @@ const WATCH: Duration = Duration::from_secs(1);
 
 /// Ending an engine's process takes no longer, or fails.
 const INTERRUPT_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Loading a checkpoint, starting an engine and giving it its state: 100 GB from a disk of 200 MB/s are 500 s.
+const START_TIME_MAX: Duration = Duration::from_secs(600);
 
 /// Words to a coordinator from a site that ends with an error take no longer.
 const FAREWELL_TIME_MAX: Duration = Duration::from_secs(5);
@@ -236,7 +239,11 @@ pub async fn join(
         let (slowdown, site) = (options.slowdown, welcome.site);
         tokio::task::spawn_blocking(move || prepare(folder, config, make_engine, slowdown, site, reporter))
     };
-    let worker = pulsing(&mut sender, prepared).await.map_err(|_| AgentError::Internal)??;
+    let prepared = tokio::time::timeout(START_TIME_MAX, pulsing(&mut sender, prepared)).await;
+    let Ok(prepared) = prepared else {
+        return Err(start_hangs(&mut sender, options.engine).await);
+    };
+    let worker = prepared.map_err(|_| AgentError::Internal)??;
     let first = welcome.site == SiteId(0) && worker.saved.commit.round == Round(0);
     let agent = Agent::new(worker, config, client, sender, traffic, reporter, &options);
     agent.job(Job::Prepare {
@@ -245,6 +252,15 @@ pub async fn join(
         evaluate: first,
     });
     agent.run(listener, directives, std::pin::pin!(stop)).await
+}
+
+/// The engine's thread hangs before there is an engine to interrupt: it ends with this process.
+async fn start_hangs(sender: &mut Sender, engine: String) -> AgentError {
+    let leave = FromSite::Report(Report::Leave { reason: LeaveReason::EngineHung });
+    // A coordinator that is gone need not be told.
+    let _lost = sender.send_timeout(&leave, FAREWELL_TIME_MAX).await;
+    let seconds = START_TIME_MAX.as_secs_f64();
+    AgentError::EngineHung { engine, hang: Hang { call: Call::Start, step: 0, seconds, bound_seconds: seconds } }
 }
 
 /// Does what may take minutes (fetching data, starting an engine) without falling silent.

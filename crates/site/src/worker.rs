@@ -93,9 +93,19 @@ impl Worker {
     pub(crate) fn run(mut self, jobs: &std::sync::mpsc::Receiver<Job>, mut answer: impl FnMut(Done) -> bool) {
         while let Ok(job) = jobs.recv() {
             if let Err(error) = self.job(job, &mut answer) {
+                self.keep_what_is_good(&error);
                 answer(Done::Failed(error));
                 return;
             }
+        }
+    }
+
+    /// A number that is not finite stops this site, but changed nothing: the last commit's state is good, and saved.
+    fn keep_what_is_good(&mut self, error: &TrainError) {
+        let not_finite =
+            matches!(error, TrainError::NotFinite { .. } | TrainError::Engine(engine::EngineError::NotFinite { .. }));
+        if not_finite && let Err(unsaved) = self.put_back().and_then(|()| self.save()) {
+            self.emit(Event::Warning { message: format!("the last state could not be saved: {unsaved}"), hint: None });
         }
     }
 

@@ -92,7 +92,7 @@ impl SiteView {
     /// A round of `seconds` was committed with `tokens` of this site.
     fn contributed(&mut self, round: Round, seconds: f64, tokens: u64) {
         self.tokens = self.tokens.saturating_add(tokens);
-        if let Some((_, compute_seconds)) = self.computed.iter().find(|(computed, _)| *computed == round) {
+        if let Some((_, compute_seconds)) = self.computed.iter().rev().find(|(computed, _)| *computed == round) {
             self.compute_seconds += compute_seconds;
             self.idle_seconds += (seconds - compute_seconds).max(0.0);
         }

@@ -210,6 +210,8 @@ pub(crate) struct Summary {
     pub(crate) steps: u64,
     /// Tokens in one inner step.
     pub(crate) step_tokens: u64,
+    /// Whether only PyTorch engines train it.
+    pub(crate) needs_torch: bool,
 }
 
 /// Runs the command.
@@ -374,6 +376,7 @@ fn summarise(folder: &Path, config: &RunConfig, prepared: Prepared, state_hash: 
         memory_bytes_estimate: memory_bytes_estimate(config),
         steps: config.train.steps,
         step_tokens: (config.train.batch_samples * config.data.sequence_length) as u64,
+        needs_torch: config.transformers.is_some(),
     }
 }
 
@@ -423,7 +426,10 @@ fn print(summary: &Summary, output: &Output) {
     ));
     let run = summary.run.display();
     output.line(format_args!("wrote      {run}; settings are in {run}/run.toml"));
-    output.line(format_args!("next       beringia train {run}"));
+    output.line(format_args!(
+        "next       beringia train {run}{}",
+        if summary.needs_torch { " --engine torch:cpu" } else { "" }
+    ));
 }
 
 /// What was left out of the corpus, and why.

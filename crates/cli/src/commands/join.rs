@@ -36,8 +36,8 @@ pub(crate) struct Args {
     /// Time for measuring the own speed before the first round.
     #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]
     measure_seconds: f64,
-    /// Least time after which a call of the engine is taken for hung.
-    #[arg(long, value_name = "SECONDS", hide = true)]
+    /// Least time after which a call of the engine is taken for hung; 45 unless given. Raise it where one step takes longer.
+    #[arg(long, value_name = "SECONDS")]
     hang_seconds: Option<f64>,
     #[command(flatten)]
     engine: EngineArgs,

@@ -125,7 +125,9 @@ fn check(factory: &Factory<'_>, expected: &Expectations, golden: &Golden) {
         gradient_clip_norm: golden.train.gradient_clip_norm,
         ..TrainSection::default()
     };
-    let mut engine = factory(&shape, &train, &initial(&schema));
+    let start = initial(&schema);
+    let mut engine = factory(&shape, &train, &start);
+    let start = schema.flatten(&start).unwrap_or_else(|error| panic!("golden parameters: {error}"));
     let tokens = uniform(1000, golden.samples * (golden.positions + 1)).map(|u| (u * VOCABULARY as f64) as u32);
     let batch = TokenBatch { samples: golden.samples, sequence_length: golden.positions, tokens: tokens.collect() };
 
@@ -149,9 +151,33 @@ fn check(factory: &Factory<'_>, expected: &Expectations, golden: &Golden) {
         if index == 0 {
             let parameters = parameters_of(&mut *engine);
             compare("one step", &schema, &parameters, &golden.parameters_after_one_step, expected.one_step());
+            compare_movement(&schema, &start, &parameters, &golden.parameters_after_one_step, expected);
         }
     }
     let parameters = parameters_of(&mut *engine);
     let what = format!("{} steps", golden.steps.len());
     compare(&what, &schema, &parameters, &golden.parameters_after_all_steps, expected.many_steps());
+    compare_movement(&schema, &start, &parameters, &golden.parameters_after_all_steps, expected);
+}
+
+/// Where the kept elements of all tensors have gone since `start`, as one vector: a step that was left out, doubled or turned
+/// round shows here, where parameters themselves hardly differ.
+fn compare_movement(
+    schema: &ParameterSchema,
+    start: &[f32],
+    flat: &[f32],
+    golden: &BTreeMap<String, Summary>,
+    expected: &Expectations,
+) {
+    let (mut found, mut wanted) = (Vec::new(), Vec::new());
+    for parameter in schema.parameters() {
+        let kept = &golden[&parameter.name].kept;
+        for (index, value) in kept.iter().enumerate() {
+            let at = parameter.range.start + index * parameter.range.len() / kept.len();
+            found.push(flat[at] - start[at]);
+            wanted.push(value - start[at]);
+        }
+    }
+    let (distance, allowed) = (relative_distance(&found, &wanted), expected.movement());
+    assert!(distance <= allowed, "parameters moved {distance:.1e} from where PyTorch's did, allowed {allowed:.1e}");
 }

@@ -32,6 +32,9 @@ const SECONDS_MAX: f64 = 19.0;
 /// down: enough for every engine but one that has to start a process first.
 const NUMERICS_SECONDS: f64 = 3.0;
 
+/// A disk or a name service that takes longer hangs.
+const SLOW_SECONDS: f64 = 4.0;
+
 /// Check this machine or, given an invite, the way to the coordinator, and compare their numbers
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -90,8 +93,9 @@ fn examine(args: Args, invite: Option<Invite>, output: &Output) -> Result<Findin
     let (engine, python) = (engine_args.engine.clone(), engine_args.python.clone());
     let numbers = Background::start(move || numerics::compute(&engine_args));
     let inventory = Background::start(move || devices::inventory(None, python.as_deref()));
-    let memory_and_disk = [machine::memory(), machine::disk(Path::new("."))];
-    let address = cards::address(advertise.as_deref());
+    let disk = Background::start(|| machine::disk(Path::new(".")));
+    let address = Background::start(move || cards::address(advertise.as_deref()));
+    let memory = machine::memory();
     let say = |what: &str| output.notice(what);
     say(&format!("comparing the numbers of engine {engine}"));
     let mut results = numbers.wait(budget, NUMERICS_SECONDS);
@@ -108,8 +112,14 @@ fn examine(args: Args, invite: Option<Invite>, output: &Output) -> Result<Findin
     results = results.or_else(|| numbers.wait(budget, SECONDS_MAX));
     let inventory = inventory.wait(budget, SECONDS_MAX);
     let mut checks = vec![device_check(inventory.as_ref())];
-    checks.extend(memory_and_disk);
-    checks.extend([clocks.check(), address]);
+    checks.push(memory);
+    checks.push(disk.wait(budget, SLOW_SECONDS).unwrap_or_else(|| {
+        Check::failed("disk", "writing and syncing 1 MiB here takes too long", "run it in a folder on a local disk")
+    }));
+    checks.push(clocks.check());
+    checks.push(address.wait(budget, SLOW_SECONDS).unwrap_or_else(|| {
+        Check::failed("address", "its name is not resolved in time", "advertise an address instead of a name")
+    }));
     checks.extend(pair.checks);
     let (numeric_checks, comparison) = compared(results, pair.reference.as_ref(), &engine);
     checks.extend(numeric_checks);

@@ -334,6 +334,7 @@ impl Lab {
         enough: impl Fn(&Watched) -> bool,
     ) -> Result<(), Failure> {
         let mut heard = Instant::now();
+        let sites_wanted = sites.len();
         loop {
             // Asked before the log is read, so that nothing written before the end is missed.
             let ended = matches!(coordinator.child.try_wait(), Ok(Some(_)));
@@ -342,6 +343,13 @@ impl Lab {
             }
             if ended || enough(watched) {
                 return Ok(());
+            }
+            if let Some(dead) =
+                sites.iter_mut().find(|site| matches!(site.child.try_wait(), Ok(Some(status)) if !status.success()))
+                && watched.sites_ready() < sites_wanted
+            {
+                let message = format!("{} ended before it was ready", dead.name);
+                return Err(Failure::new(message, format!("read {}", self.log(&dead.name).display())));
             }
             let all_gone = sites.iter_mut().all(|site| matches!(site.child.try_wait(), Ok(Some(_))));
             if heard.elapsed() > if all_gone { CHILD_GRACE } else { SILENCE_MAX } {
