@@ -344,12 +344,13 @@ impl Lab {
             if ended || enough(watched) {
                 return Ok(());
             }
-            if let Some(dead) =
-                sites.iter_mut().find(|site| matches!(site.child.try_wait(), Ok(Some(status)) if !status.success()))
-                && watched.sites_ready() < sites_wanted
+            let failed = |site: &mut Process| matches!(site.child.try_wait(), Ok(Some(status)) if !status.success());
+            if watched.sites_ready() < sites_wanted
+                && let Some(dead) = sites.iter_mut().position(|site| failed(site))
             {
-                let message = format!("{} ended before it was ready", dead.name);
-                return Err(Failure::new(message, format!("read {}", self.log(&dead.name).display())));
+                let name = &sites[dead].name;
+                let message = format!("{name} ended before it was ready");
+                return Err(Failure::new(message, format!("read {}", self.log(name).display())));
             }
             let all_gone = sites.iter_mut().all(|site| matches!(site.child.try_wait(), Ok(Some(_))));
             if heard.elapsed() > if all_gone { CHILD_GRACE } else { SILENCE_MAX } {
