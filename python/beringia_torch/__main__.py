@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 
-from . import __version__
+from . import __version__, compiler
 from .errors import EngineError
 from .protocol import ConnectionEnded, write_frame
 
@@ -18,7 +18,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="beringia_torch", description=__doc__)
     parser.add_argument("--version", action="version", version=f"beringia_torch {__version__}")
     parser.add_argument("--socket", help="Unix socket on which the agent listens")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, npu, musa, mlu, xpu, mps, or one by index: npu:1")
+    parser.add_argument("--device", default="cpu", help="cpu or a kind of accelerator; KIND:INDEX for one of several")
     parser.add_argument("--precision", choices=("auto", "f32", "bf16"), default="auto")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile")
     parser.add_argument("--threads", type=int, help="host threads; torch's own choice where not given")
@@ -31,9 +31,19 @@ def _arguments() -> argparse.Namespace:
     return parsed
 
 
+def _prepare_environment() -> None:
+    """What torch and transformers read when they are imported."""
+    compiler.prepare()
+    # A plug-in is imported when its device is asked for: one that is broken must not break the others.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    # A model's configuration must not make anybody fetch code, or anything else.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+
+
 def main() -> int:
     """Gives the exit status."""
     arguments = _arguments()
+    _prepare_environment()
     if arguments.command == "devices":
         return _list_devices(arguments)
     # Ctrl-C in the agent's terminal reaches this process too, but the agent decides when it is done with its engine.
@@ -63,10 +73,13 @@ def _run(arguments: argparse.Namespace, connection: socket.socket | None) -> int
         device = devices.open_device(arguments.device)
         precision = devices.choose_precision(arguments.precision, device)
         group = distributed.open_group(device.torch_device)
-        compiled = arguments.compile == "on" or (arguments.compile == "auto" and device.is_accelerator)
-        if compiled and group.size > 1:
-            print("torch.compile is off with several ranks", file=sys.stderr)
-        handler = server.Handler(device, group, precision, compiled and group.size == 1)
+        strict = arguments.compile == "on"
+        if strict and group.size > 1:
+            raise EngineError("device", device.text, "compile is off with several ranks")
+        compiled = strict or (arguments.compile == "auto" and device.is_accelerator and group.size == 1)
+        if compiled:
+            compiler.make_folder()
+        handler = server.Handler(device, group, precision, compiled, strict=strict)
         if connection is None:
             status = server.follow(handler, group)
         else:
@@ -87,7 +100,7 @@ def _run(arguments: argparse.Namespace, connection: socket.socket | None) -> int
 def _check_torch() -> None:
     try:
         import torch  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # noqa: BLE001 - a library that does not load, or a plug-in that torch brings in itself
         install = f"{sys.executable or 'python3'} -m pip install torch"
         raise EngineError("missing", "torch", f"it cannot be imported: {error}", install=install) from None
     from . import devices

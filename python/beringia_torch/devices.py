@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .distributed import rank_count
 from .errors import EngineError, first_line
 
 #: The oldest torch that has `torch.accelerator` and FSDP2 under its public name.
@@ -103,6 +104,15 @@ class Device:
             self._ask("empty_cache")
 
     @property
+    def computes(self) -> bool:
+        """Whether it still does: after some errors a device refuses everything until its process is started anew."""
+        try:
+            self.synchronize()
+            return (torch.ones(2, device=self.torch_device) + 1).sum().item() == 4.0
+        except Exception:  # noqa: BLE001 - a device that fails does so in its maker's way
+            return False
+
+    @property
     def name(self) -> str:
         """What the maker calls it."""
         if not self.is_accelerator:
@@ -176,8 +186,11 @@ class Device:
 def open_device(text: str, importer: Callable[[str], ModuleType] = importlib.import_module) -> Device:
     """The device of a string such as `cpu`, `npu` or `xpu:1`; its plug-in is imported now, and only its own."""
     type_name, _, index_text = text.partition(":")
+    if index_text and type_name != "cpu" and rank_count() > 1:
+        reason = f"names one device for {rank_count()} ranks, which take a device each: leave out the index"
+        raise EngineError("device", text, reason)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", type_name) or not re.fullmatch(r"\d{0,4}", index_text):
-        raise EngineError("device", text, f"is not a device string such as {', '.join(KINDS)} or npu:1")
+        raise EngineError("device", text, f"is not a device string such as {', '.join(KINDS)}, or KIND:INDEX")
     kind = KINDS.get(type_name)
     if kind is not None and kind.plug_in is not None:
         _import_plug_in(text, kind, importer)

@@ -49,6 +49,7 @@ class Engine:
         *,
         precision: str = "f32",
         compiled: bool = False,
+        strict: bool = False,
     ) -> None:
         self._model = model
         self._settings = settings
@@ -62,6 +63,7 @@ class Engine:
         self.layout = FlatLayout(named, group)
         self.optimizer = Optimizer(settings, self._parameters)
         self.compiled = compiled
+        self._strict = strict
         self._forward: Callable[[torch.Tensor], torch.Tensor] = self._loss_sum
         if compiled:
             self._forward = torch.compile(self._loss_sum)
@@ -104,7 +106,7 @@ class Engine:
             with torch.no_grad():
                 for micro_batch, weight in self._micro_batches(tokens):
                     with self._autocast():
-                        nats = self._forward(micro_batch)
+                        nats = self._forward_of(micro_batch)(micro_batch)
                     total += weight * nats.cpu().double()
             return float(self._group.sum(total))
 
@@ -163,7 +165,7 @@ class Engine:
         loss = torch.zeros((), device=self._device.torch_device)
         for micro_batch, weight in self._micro_batches(tokens):
             with self._autocast():
-                share = self._forward(micro_batch) * (weight / _predicted(tokens))
+                share = self._forward_of(micro_batch)(micro_batch) * (weight / _predicted(tokens))
             # FSDP2 takes the mean over ranks of what is to be a sum.
             (share * self._group.size if self._group.size > 1 else share).backward()
             loss += share.detach()
@@ -195,8 +197,17 @@ class Engine:
             weight = 1.0 if len(part) > 0 else 0.0
             yield (part if len(part) > 0 else tokens[:1]).to(self._device.torch_device), weight
 
+    def _forward_of(self, micro_batch: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What computes this micro-batch's loss.
+
+        A lone sample among larger micro-batches is done eagerly: the compiler takes a size of 1 for a constant, so it
+        would compile for it alone, and then once more, with sizes left open, for all the others.
+        """
+        is_lone = len(micro_batch) == 1 and self.micro_batch_samples > 1
+        return self._loss_sum if is_lone else self._forward
+
     def _or_eager(self, attempt: Callable[[], Result]) -> Result:
-        """What `torch.compile` cannot do on this device is done without it, from here on."""
+        """What `torch.compile` cannot do on this device is done without it, from here on, unless it must be used."""
         failure: str | None = None
         if self.compiled:
             try:
@@ -204,9 +215,12 @@ class Engine:
             except EngineError:
                 raise
             except Exception as error:  # noqa: BLE001 - compilers fail in any way they like
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or not self._device.computes:
                     raise
                 failure = first_line(error)
+        if failure is not None and self._strict:
+            reason = f"torch.compile failed: {failure}; --torch-compile auto goes on without it"
+            raise EngineError("device", self._device.text, reason)
         if failure is not None:
             print(f"torch.compile failed, going on without it: {failure}", file=sys.stderr, flush=True)
             self.compiled, self._forward = False, self._loss_sum

@@ -5,6 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+#: How allocators and libraries word it, in small letters: PyTorch's own, the CPU allocator, matrix and convolution
+#: libraries with an error code that ends in ALLOC_FAILED, and makers' runtimes.
+MEMORY_REFUSALS = (
+    "out of memory",
+    "can't allocate memory",
+    "alloc_failed",
+    "memory allocation fail",
+    "failed to allocate memory",
+)
+
 
 class EngineError(Exception):
     """A request that was refused or failed; parameters, optimiser and counters are as they were before it.
@@ -48,7 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and any(refusal in text for refusal in MEMORY_REFUSALS)
 
 
 def first_line(error: BaseException) -> str:

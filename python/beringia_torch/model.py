@@ -9,14 +9,17 @@ Shape suffixes: b samples, t positions, h hidden, a query heads, g key and value
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import EngineError, shape_error
 from .protocol import Request
@@ -29,6 +32,30 @@ LAYERS_MAX = 1 << 12
 HEADS_MAX = 1 << 14
 POSITIONS_MAX = 1 << 24
 PARAMETERS_MAX = 1 << 40
+
+#: Keys of a config that nothing is to be done about. Code that one names is neither fetched nor run: its implementation
+#: of attention or of experts may be the name of a repository. A checkpoint's storage precision is not that of the
+#: master weights.
+IGNORED_KEYS = frozenset(
+    {
+        "auto_map",
+        "custom_pipelines",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "use_kernels",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "quantization_config",
+    }
+)
+
+#: What draws random numbers into a tensor that is there, in `torch.nn.init` and as methods.
+RANDOM_FILLS = frozenset({"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_", "exponential_", "bernoulli_"})
 
 
 @dataclass(frozen=True)
@@ -324,16 +351,40 @@ class CausalModel:
 
 
 def build(config: Request, seed: int | None) -> CausalModel:
-    """The model of a Hugging Face config, on the CPU, in f32, initialised as its family does."""
+    """The model of a Hugging Face config, on the CPU, in f32, initialised as its family does.
+
+    Without a seed random weights are zero: they are about to be replaced, and drawing a large model's takes minutes.
+    """
     fields = config.as_dict()
     model_type = config.text("model_type")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _ZeroInsteadOfRandom() if seed is None else contextlib.nullcontext():
         if seed is not None:
             torch.manual_seed(seed)
         if model_type == "llama":
             parsed = LlamaConfig.parse(fields)
             return CausalModel(Llama(parsed), parsed.vocab_size, parsed.max_position_embeddings)
         return _from_transformers(model_type, fields)
+
+
+class _ZeroInsteadOfRandom(TorchFunctionMode):
+    """Fills in place with zeros what would be filled with random numbers."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Sees `torch.nn.init` as well as the methods of a tensor."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in RANDOM_FILLS:
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).zero_()
+        return func(*args, **kwargs)
+
+
+def _without(fields: Any, ignored: frozenset[str]) -> Any:
+    """The same without these keys, however deep."""
+    if isinstance(fields, dict):
+        return {key: _without(value, ignored) for key, value in fields.items() if key not in ignored}
+    return [_without(value, ignored) for value in fields] if isinstance(fields, list) else fields
 
 
 def _from_transformers(model_type: str, fields: dict[str, Any]) -> CausalModel:
@@ -343,9 +394,7 @@ def _from_transformers(model_type: str, fields: dict[str, Any]) -> CausalModel:
         reason = f"model_type {model_type} comes from transformers, which cannot be imported: {error}"
         install = f"{sys.executable or 'python3'} -m pip install transformers"
         raise EngineError("missing", "transformers", reason, install=install) from None
-    # Code named in a config is never run, and a checkpoint's storage precision is not that of the master weights.
-    ignored = ("model_type", "auto_map", "dtype", "torch_dtype", "transformers_version", "quantization_config")
-    chosen = {key: value for key, value in fields.items() if key not in ignored}
+    chosen = {key: value for key, value in _without(fields, IGNORED_KEYS).items() if key != "model_type"}
     try:
         config = transformers.AutoConfig.for_model(model_type, **chosen)
         inner = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from select import poll
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import PROTOCOL_VERSION, __version__, model, operations
+from . import PROTOCOL_VERSION, __version__, compiler, model, operations
 from .arena import Arena
 from .devices import Device
 from .distributed import Group
@@ -29,6 +30,8 @@ from .protocol import ConnectionEnded, FrameTooLong, Request, parse_request, rea
 
 #: Longest measurement an agent may ask for: it answers nothing else meanwhile.
 MEASURE_SECONDS_MAX = 60.0
+#: Between two looks at whether a request has begun that nobody waits for.
+LOOK_SECONDS = 0.2
 #: Elements of a shape in `operation`.
 DIMENSIONS_MAX = 8
 
@@ -38,11 +41,12 @@ Answer = dict[str, Any]
 class Handler:
     """The state behind a connection: device, arena, and an engine once there is one."""
 
-    def __init__(self, device: Device, group: Group, precision: str, compiled: bool) -> None:
+    def __init__(self, device: Device, group: Group, precision: str, compiled: bool, *, strict: bool = False) -> None:
         self._device = device
         self._group = group
         self._precision = precision
         self._compiled = compiled
+        self._strict = strict
         self._arena: Arena | None = None
         self._engine: Engine | None = None
         self.closed = False
@@ -63,8 +67,13 @@ class Handler:
             "close": self._close,
         }
 
-    def handle(self, frame: bytes) -> tuple[Answer, bool]:
-        """The answer, and whether this process is fit to go on."""
+    def handle(self, frame: bytes) -> tuple[Answer | None, bool]:
+        """The answer, and whether this process is fit to go on.
+
+        No answer: the device refuses everything from now on, or other ranks wait in an exchange that this one left. The
+        agent takes the end of the process for what it is, and starts another one from its snapshot.
+        """
+        answer: Answer | None
         try:
             request = parse_request(frame)
             operation = request.text("op")
@@ -74,20 +83,22 @@ class Handler:
         except EngineError as error:
             answer, fit = {"error": error.as_json()}, True
         except Exception as error:  # noqa: BLE001 - whatever a device throws is told, not died of
-            answer = {"error": self._unexpected(error).as_json()}
-            # Other ranks may wait in an exchange that this one left: nothing can be relied on any more.
-            fit = self._group.size == 1
+            answer, fit = self._unexpected(error)
         # Here the exception is gone, and with it the frames that kept its tensors alive.
         if self._engine is not None and fit:
             self._engine.release()
         return answer, fit
 
-    def _unexpected(self, error: Exception) -> EngineError:
-        reason = first_line(error)
+    def _unexpected(self, error: Exception) -> tuple[Answer | None, bool]:
+        reason, alone = first_line(error), self._group.size == 1
         if is_out_of_memory(error):
-            return EngineError("out_of_memory", self._device.text, reason)
+            if not alone:
+                print(f"rank {self._group.rank}: out of memory: {reason}", file=sys.stderr, flush=True)
+            return {"error": EngineError("out_of_memory", self._device.text, reason).as_json()}, alone
         traceback.print_exception(error, file=sys.stderr)
-        return EngineError("internal", type(error).__name__, reason)
+        if not alone or not self._device.computes:
+            return None, False
+        return {"error": EngineError("internal", type(error).__name__, reason).as_json()}, True
 
     @property
     def _mapped(self) -> Arena:
@@ -111,7 +122,13 @@ class Handler:
         # One that was there goes before the new one comes to the device, which may not hold both.
         self._engine = None
         self._engine = Engine(
-            built, settings, self._device, self._group, precision=self._precision, compiled=self._compiled
+            built,
+            settings,
+            self._device,
+            self._group,
+            precision=self._precision,
+            compiled=self._compiled,
+            strict=self._strict,
         )
         return {
             "device": self._device.describe(self._precision),
@@ -236,9 +253,10 @@ def serve(connection: socket.socket, handler: Handler, group: Group) -> int:
             watcher.busy = True
             answer, fit = handler.handle(group.share_request(frame))
             if fit and not group.all_well(fit):
-                answer, fit = {"error": EngineError("internal", "rank", "another rank failed").as_json()}, False
+                answer, fit = None, False
             watcher.busy = False
-            write_frame(connection, answer)
+            if answer is not None:
+                write_frame(connection, answer)
             if not fit:
                 return 1
     except ConnectionEnded:
@@ -282,7 +300,9 @@ class Watcher(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Waits for the other side's end."""
+        """Waits for the other side's end, and goes on looking: a request that was read just then may begin later."""
         self._poll.poll()
-        if self.busy:
-            os._exit(self._exit_status)
+        while not self.busy:
+            time.sleep(LOOK_SECONDS)
+        compiler.remove_folder()
+        os._exit(self._exit_status)

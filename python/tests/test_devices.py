@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 import textwrap
 import unittest
+from unittest import mock
 
 import torch
 from agent import PACKAGE_FOLDER, Agent, Refused, environment
@@ -75,6 +78,23 @@ def names_in(path: pathlib.Path) -> list[tuple[int, str]]:
     return found
 
 
+def makers_in(name: str) -> set[str]:
+    """Makers' words in an attribute path or a string."""
+    return set(MAKERS) & set(re.findall(r"[a-z]+", name.lower()))
+
+
+#: Each of these is a call that only one maker's devices take.
+PLANTED = (
+    "torch.cuda.synchronize()",
+    "place = 'cuda'",
+    "model.cuda()",
+    "on_device = x.is_cuda",
+    "x.to('cuda:0')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "place = f'npu:{index}'",
+)
+
+
 class Source(unittest.TestCase):
     """What the package's text may not contain."""
 
@@ -89,19 +109,17 @@ class Source(unittest.TestCase):
             for line, name in names_in(path):
                 if path.name == "devices.py" and line in allowed:
                     continue
-                for maker in MAKERS:
-                    with self.subTest(path=path.name, line=line):
-                        self.assertNotEqual(name, maker)
-                        self.assertNotIn(f"torch.{maker}", name)
+                with self.subTest(path=path.name, line=line):
+                    self.assertEqual(makers_in(name), set(), name)
 
     def test_the_scan_finds_what_it_looks_for(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, "wrong.py")
-            path.write_text('"""cuda"""\nimport torch\ntorch.cuda.synchronize()\nplace = "cuda"\n')
-            found = names_in(path)
-        self.assertIn((3, "torch.cuda"), found)
-        self.assertIn((4, "cuda"), found)
-        self.assertNotIn((1, "cuda"), found)
+            path.write_text('"""cuda"""\n' + "\n".join(PLANTED))
+            found = {line for line, name in names_in(path) if makers_in(name)}
+        self.assertEqual(found, set(range(2, 2 + len(PLANTED))))
+        for harmless in ("barracuda", "maps", "xpuzzle"):
+            self.assertEqual(makers_in(harmless), set())
 
 
 class PlugIns(unittest.TestCase):
@@ -117,7 +135,7 @@ class PlugIns(unittest.TestCase):
     def open(self, device: str) -> subprocess.CompletedProcess[str]:
         """A process of its own: a backend can be renamed once."""
         command = [sys.executable, "-c", textwrap.dedent(OPEN), device]
-        variables = environment(PYTHONPATH=str(self.folder), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+        variables = environment(PYTHONPATH=str(self.folder))
         return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60, check=False)
 
     def test_a_plug_in_brings_its_device(self) -> None:
@@ -150,6 +168,26 @@ class PlugIns(unittest.TestCase):
         self.assertIn("cannot be loaded: libascend.so: cannot open", self.open("npu").stderr)
 
 
+    def test_a_broken_plug_in_that_torch_would_import_by_itself(self) -> None:
+        (self.folder / "broken_plug_in.py").write_text("raise RuntimeError('no driver')")
+        record = self.folder / "broken_plug_in-1.0.dist-info"
+        record.mkdir()
+        (record / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plug-in\nVersion: 1.0\n")
+        (record / "entry_points.txt").write_text("[torch.backends]\nbroken = broken_plug_in:load\n")
+        listing = [sys.executable, "-m", "beringia_torch", "devices"]
+
+        def listed(**more: str) -> subprocess.CompletedProcess[str]:
+            variables = environment(PYTHONPATH=str(self.folder), **more)
+            return subprocess.run(listing, capture_output=True, text=True, env=variables, timeout=60, check=False)
+
+        found = listed()
+        self.assertEqual((found.returncode, found.stderr), (0, ""))
+        self.assertEqual(json.loads(found.stdout)[0]["device"], "cpu")
+        wanted = listed(TORCH_DEVICE_BACKEND_AUTOLOAD="1")
+        self.assertEqual(wanted.returncode, 1)
+        self.assertRegex(wanted.stderr, r"(?s)^torch: it cannot be imported: .*\nhint: .* install torch\n$")
+
+
 class Missing(unittest.TestCase):
     """What is told where something is absent."""
 
@@ -176,6 +214,12 @@ class Missing(unittest.TestCase):
             with self.subTest(text), self.assertRaises(EngineError) as caught:
                 devices.open_device(text)
             self.assertEqual(caught.exception.kind, "device")
+
+    def test_ranks_do_not_share_one_device(self) -> None:
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"), self.assertRaises(EngineError) as caught:
+            devices.open_device("npu:1")
+        self.assertEqual(caught.exception.kind, "device")
+        self.assertIn("leave out the index", caught.exception.reason)
 
     def test_an_old_torch_is_named_with_both_versions(self) -> None:
         for old in ("2.5.1", "1.13.0+cu117", "nightly"):

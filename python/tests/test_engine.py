@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
+import pathlib
+import subprocess
+import sys
 import unittest
+from collections.abc import Callable
 from unittest import mock
 
 import torch
-from agent import ADAMW, TINY_LLAMA, distance, random_tokens
+from agent import ADAMW, TINY_LLAMA, distance, environment, random_tokens
 
-from beringia_torch import devices, distributed, engine, model, optimizer
+from beringia_torch import compiler, devices, distributed, engine, model, optimizer
 from beringia_torch.errors import EngineError
 from beringia_torch.protocol import Request
 
 
-def new_engine(*, compiled: bool = False, precision: str = "f32") -> engine.Engine:
+def new_engine(*, compiled: bool = False, strict: bool = False, precision: str = "f32") -> engine.Engine:
     """An engine in this process, on the CPU."""
     built = model.build(Request(TINY_LLAMA), seed=1)
     settings = optimizer.TrainSettings.parse(Request(ADAMW))
     device, group = devices.open_device("cpu"), distributed.Group()
-    return engine.Engine(built, settings, device, group, compiled=compiled, precision=precision)
+    return engine.Engine(built, settings, device, group, compiled=compiled, strict=strict, precision=precision)
 
 
 def parameters_of(tested: engine.Engine) -> torch.Tensor:
@@ -78,14 +83,34 @@ class Compilation(unittest.TestCase):
         self.assertAlmostEqual(compiled.evaluate(tokens), eager.evaluate(tokens), delta=1e-4)
         self.assertTrue(compiled.compiled, "it was compiled to the end")
 
-    def failing(self, error: Exception) -> tuple[engine.Engine, io.StringIO]:
+    def test_a_lone_sample_is_not_compiled_for(self) -> None:
+        compiled_for: list[int] = []
+
+        def compiler(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+            def counted(tokens: torch.Tensor) -> torch.Tensor:
+                compiled_for.append(len(tokens))
+                return forward(tokens)
+
+            return counted
+
+        with mock.patch.object(torch, "compile", compiler):
+            tested = new_engine(compiled=True)
+        for samples in (1, 9, 3):
+            tested.inner_step(random_tokens(samples, 12, 61, samples), 1e-2)
+            tested.evaluate(random_tokens(samples, 12, 61, samples))
+        self.assertEqual(compiled_for, [8, 8, 3, 3])
+        tested.micro_batch_samples = 1
+        tested.inner_step(random_tokens(2, 12, 61, 1), 1e-2)
+        self.assertEqual(compiled_for[4:], [1, 1], "where all are lone, it is")
+
+    def failing(self, error: Exception, *, strict: bool = False) -> tuple[engine.Engine, io.StringIO]:
         """An engine whose compiled model raises."""
 
         def compiler(_: object) -> object:
             return mock.Mock(side_effect=error)
 
         with mock.patch.object(torch, "compile", compiler):
-            return new_engine(compiled=True), io.StringIO()
+            return new_engine(compiled=True, strict=strict), io.StringIO()
 
     def test_where_compilation_fails_the_step_is_done_without(self) -> None:
         tested, said = self.failing(RuntimeError("no compiler here\nand much more"))
@@ -96,6 +121,40 @@ class Compilation(unittest.TestCase):
         eager = new_engine()
         self.assertEqual(losses, train(eager, 2))
         self.assertTrue(torch.equal(parameters_of(tested), parameters_of(eager)))
+
+    def test_where_it_must_be_used_its_failure_is_an_error(self) -> None:
+        tested, said = self.failing(RuntimeError("no compiler here\nand much more"), strict=True)
+        before = parameters_of(tested)
+        with contextlib.redirect_stderr(said), self.assertRaises(EngineError) as caught:
+            train(tested, 1)
+        self.assertEqual((caught.exception.kind, said.getvalue()), ("device", ""))
+        self.assertIn("torch.compile failed: no compiler here", caught.exception.reason)
+        self.assertTrue(tested.compiled)
+        self.assertTrue(torch.equal(parameters_of(tested), before))
+
+    def test_a_device_that_is_gone_is_no_failure_of_the_compiler(self) -> None:
+        tested, said = self.failing(RuntimeError("device-side assert"))
+        gone = mock.patch.object(devices.Device, "computes", mock.PropertyMock(return_value=False))
+        with gone, contextlib.redirect_stderr(said), self.assertRaisesRegex(RuntimeError, "device-side assert"):
+            train(tested, 1)
+        self.assertEqual((said.getvalue(), tested.compiled), ("", True))
+
+    def test_what_the_compiler_writes_is_private_and_nothing_is_unpickled(self) -> None:
+        with mock.patch.dict(os.environ):
+            compiler.prepare()
+            folder = pathlib.Path(compiler.make_folder())
+            self.assertEqual(folder.stat().st_mode & 0o777, 0o700)
+            asked = (
+                "import torch._inductor.config as config\n"
+                "from torch._inductor.runtime.cache_dir_utils import cache_dir\n"
+                "print(config.force_disable_caches, config.compile_threads, cache_dir())"
+            )
+            said = subprocess.run(
+                [sys.executable, "-c", asked], capture_output=True, text=True, env=environment(), timeout=60, check=True
+            )
+        self.assertEqual(said.stdout, f"True 1 {folder}\n")
+        compiler.remove_folder()
+        self.assertFalse(folder.exists())
 
     def test_lack_of_memory_is_no_failure_of_the_compiler(self) -> None:
         tested, said = self.failing(torch.OutOfMemoryError("out of memory"))

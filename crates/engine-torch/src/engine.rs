@@ -28,6 +28,7 @@ pub struct TorchEngine {
     leash: Arc<Leash>,
     places: Places,
     device: TorchDevice,
+    is_compiled: bool,
     /// What Python accumulates by; behind `train` until the next call.
     micro_batch_samples_there: usize,
     snapshot: Snapshot,
@@ -84,7 +85,7 @@ impl TorchEngine {
         returned: Option<Sender<TorchProcess>>,
     ) -> Result<Self, EngineError> {
         let Checked { model, schema, snapshot } = checked;
-        let (device, places) = match initialise(&mut process, &model, &schema, train) {
+        let Built { device, places, is_compiled } = match initialise(&mut process, &model, &schema, train) {
             Ok(built) => built,
             Err(error) => {
                 give_back(process, returned.as_ref());
@@ -101,6 +102,7 @@ impl TorchEngine {
             process: Some(process),
             places,
             device,
+            is_compiled,
             micro_batch_samples_there: train.micro_batch_samples,
             snapshot,
             returned,
@@ -120,6 +122,12 @@ impl TorchEngine {
     /// Versions of Python and PyTorch, for a person to read.
     pub fn versions(&self) -> &str {
         self.process.as_ref().map_or("", TorchProcess::versions)
+    }
+
+    /// Whether `torch.compile` was used for the last step, or will be for the first: with [`Compile::Auto`](crate::Compile)
+    /// Python goes on without it where it fails.
+    pub fn compiled(&self) -> bool {
+        self.is_compiled
     }
 
     /// Number of the Python process (that of `torchrun` where there are several ranks); `None` where somebody else started
@@ -185,7 +193,8 @@ impl TorchEngine {
             let reason = format!("it answers a step of {expected} tokens with {step:?}");
             return Err(self.process()?.distrust(reason));
         }
-        let Step { loss_nats, tokens, gradient_norm, seconds, joules } = *step;
+        let Step { loss_nats, tokens, gradient_norm, seconds, joules, compiled } = *step;
+        self.is_compiled = compiled;
         Ok(StepReport { loss_nats, tokens, gradient_norm, seconds, joules })
     }
 
@@ -402,10 +411,10 @@ impl Engine for TorchEngine {
         // Ends what may be left of the old one before the new one takes its memory.
         self.process = None;
         let mut process = TorchProcess::start_on(&self.options, &self.leash)?;
-        let (device, places) = initialise(&mut process, &self.model, &self.schema, &self.train)?;
+        let built = initialise(&mut process, &self.model, &self.schema, &self.train)?;
         self.process = Some(process);
         self.micro_batch_samples_there = self.train.micro_batch_samples;
-        (self.device, self.places) = (device, places);
+        (self.device, self.places, self.is_compiled) = (built.device, built.places, built.is_compiled);
         self.upload_snapshot()
     }
 
@@ -472,18 +481,25 @@ fn flatten(schema: &ParameterSchema, named: &NamedTensors) -> Result<Vec<f32>, E
     schema.flatten(named).map_err(|mismatch| EngineError::Shape { what: mismatch.name, reason: mismatch.reason })
 }
 
+/// What Python says of the model that it built.
+struct Built {
+    device: TorchDevice,
+    places: Places,
+    is_compiled: bool,
+}
+
 /// Has Python build the model, and matches what it built with the schema.
 fn initialise(
     process: &mut TorchProcess,
     model: &ModelDescription,
     schema: &ParameterSchema,
     train: &TrainSection,
-) -> Result<(TorchDevice, Places), EngineError> {
+) -> Result<Built, EngineError> {
     let request = Request::Init { model: &model.config(), train: Train::from(train), seed: None };
     let built: Initialised = process.ask_in_time(&request)?;
     count_elements(&built.parameters).map_err(|reason| process.distrust(reason))?;
     let places = Places::new(schema, &built.parameters)?;
-    Ok((built.device, places))
+    Ok(Built { device: built.device, places, is_compiled: built.compiled })
 }
 
 /// All parameters, in canonical order.

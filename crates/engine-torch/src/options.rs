@@ -170,6 +170,19 @@ impl TorchOptions {
         format!("torch:{}", self.device)
     }
 
+    /// Why nothing can be started so, before anything is.
+    pub(crate) fn conflict(&self) -> Option<String> {
+        let kind = self.device.split_once(':').map(|(kind, _)| kind);
+        match self.ranks {
+            0 => Some("0 ranks cannot hold a model".to_owned()),
+            1 => None,
+            _ if self.compile == Compile::On => Some("compile is off with several ranks".to_owned()),
+            ranks => kind
+                .filter(|kind| *kind != "cpu")
+                .map(|kind| format!("names one device for {ranks} ranks, which take a device each: use torch:{kind}")),
+        }
+    }
+
     pub(crate) fn interpreter(&self) -> PathBuf {
         interpreter(self.python.clone())
     }
@@ -193,6 +206,19 @@ mod tests {
         assert_eq!((gpt2.vocabulary, gpt2.positions), (Some(50), Some(32)));
         let odd = limits(json!({ "vocab_size": -1, "text_config": {} }));
         assert_eq!((odd.vocabulary, odd.positions), (None, None));
+    }
+
+    #[test]
+    fn ranks_take_a_device_each_and_are_not_compiled() {
+        let conflict = |device: &str, ranks, compile| {
+            TorchOptions { ranks, compile, ..TorchOptions::new(device) }.conflict().unwrap_or_default()
+        };
+        assert_eq!(conflict("cuda:1", 1, Compile::On), "");
+        assert_eq!(conflict("cuda", 2, Compile::Auto), "");
+        assert_eq!(conflict("cpu:0", 2, Compile::Off), "");
+        assert_eq!(conflict("cuda", 2, Compile::On), "compile is off with several ranks");
+        assert!(conflict("npu:1", 2, Compile::Auto).ends_with("use torch:npu"));
+        assert!(conflict("cpu", 0, Compile::Auto).starts_with("0 ranks"));
     }
 
     #[test]

@@ -14,6 +14,7 @@ const FILES: &[(&str, &str)] = &[
     ("__init__.py", include_str!("../../../python/beringia_torch/__init__.py")),
     ("__main__.py", include_str!("../../../python/beringia_torch/__main__.py")),
     ("arena.py", include_str!("../../../python/beringia_torch/arena.py")),
+    ("compiler.py", include_str!("../../../python/beringia_torch/compiler.py")),
     ("devices.py", include_str!("../../../python/beringia_torch/devices.py")),
     ("distributed.py", include_str!("../../../python/beringia_torch/distributed.py")),
     ("engine.py", include_str!("../../../python/beringia_torch/engine.py")),

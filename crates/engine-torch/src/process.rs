@@ -38,6 +38,9 @@ const BUILD_PATIENCE: Duration = Duration::from_secs(600);
 /// How long the rest of stderr is waited for after the end of the process.
 const TAIL_PATIENCE: Duration = Duration::from_millis(500);
 
+/// Whether PyTorch imports every plug-in that is installed.
+const AUTOLOAD_VARIABLE: &str = "TORCH_DEVICE_BACKEND_AUTOLOAD";
+
 /// A Python process that has connected. Dropping it ends it.
 pub struct TorchProcess {
     options: TorchOptions,
@@ -77,8 +80,8 @@ impl TorchProcess {
     pub(crate) fn start_on(options: &TorchOptions, leash: &Arc<Leash>) -> Result<Self, EngineError> {
         let engine = options.engine_name();
         let fail = |reason: String| EngineError::Device { device: engine.clone(), reason };
-        if options.ranks == 0 {
-            return Err(fail("0 ranks cannot hold a model".to_owned()));
+        if let Some(conflict) = options.conflict() {
+            return Err(fail(conflict));
         }
         let deadline = Instant::now() + Duration::from_secs(options.connect_seconds);
         let folder = package::unpack().map_err(|error| fail(format!("cannot unpack the Python package: {error}")))?;
@@ -197,7 +200,19 @@ impl TorchProcess {
     fn lose(&mut self, failure: &Failure) -> EngineError {
         let reason = self.gone.insert(why_gone(failure, &self.leash, &self.tail)).clone();
         self.arena = None;
-        EngineError::Lost { device: self.engine.clone(), reason }
+        let device = self.engine.clone();
+        // Only rank 0 can answer; of another rank's want of memory there is no more than what it wrote. A smaller micro-batch
+        // mends it, in the process that is started for the call after this one.
+        match self.out_of_memory_elsewhere(failure) {
+            Some(reason) => EngineError::OutOfMemory { device, reason },
+            None => EngineError::Lost { device, reason },
+        }
+    }
+
+    fn out_of_memory_elsewhere(&self, failure: &Failure) -> Option<String> {
+        let may_be = self.options.ranks > 1 && matches!(failure, Failure::Ended) && !self.leash.is_interrupted();
+        let wrote = || self.tail.last_line(TAIL_PATIENCE, |line| line.to_lowercase().contains("out of memory"));
+        may_be.then(wrote).flatten()
     }
 
     /// Shared memory of at least the layout's length. What an earlier arena held is lost.
@@ -332,6 +347,11 @@ fn free_port() -> u16 {
     bound.and_then(|listener| listener.local_addr()).map_or(0, |address| address.port())
 }
 
+/// What a batch system or an outer `torchrun` tells its own processes, and would make ours take themselves for ranks of that
+/// job: `torchrun` sets them anew for each of our ranks.
+const CLUSTER_VARIABLES: [&str; 7] =
+    ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"];
+
 /// The command that makes Python connect to `socket`: program, arguments and what is added to the environment.
 struct CommandLine {
     words: Vec<OsString>,
@@ -362,13 +382,18 @@ impl CommandLine {
 
     /// For a POSIX shell.
     fn line(&self) -> String {
+        let removed = CLUSTER_VARIABLES.iter().map(|name| format!("-u {name}"));
         let variables = self.environment.iter().map(|(name, value)| format!("{name}={}", quoted(value)));
-        variables.chain(self.words.iter().map(|word| quoted(word))).collect::<Vec<_>>().join(" ")
+        let words = self.words.iter().map(|word| quoted(word));
+        ["env".to_owned()].into_iter().chain(removed).chain(variables).chain(words).collect::<Vec<_>>().join(" ")
     }
 
     fn command(&self) -> Command {
         let mut command = Command::new(&self.words[0]);
         command.args(&self.words[1..]).envs(self.environment.iter().map(|(name, value)| (name, value)));
+        CLUSTER_VARIABLES.iter().for_each(|name| {
+            command.env_remove(name);
+        });
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command
     }
@@ -384,7 +409,10 @@ pub(crate) fn environment(folder: &Path) -> Vec<(&'static str, OsString)> {
     let on = || OsString::from("1");
     // Nothing is imported from the folder that the agent happens to run in.
     let switches = [("PYTHONSAFEPATH", on()), ("PYTHONDONTWRITEBYTECODE", on())];
-    [("PYTHONPATH", path), (MARK_VARIABLE, folder.into())].into_iter().chain(switches).collect()
+    // `torchrun` imports PyTorch before our package can say so: a plug-in that is broken must not break other devices.
+    let autoload = std::env::var_os(AUTOLOAD_VARIABLE).unwrap_or_else(|| OsString::from("0"));
+    let own = [("PYTHONPATH", path), (MARK_VARIABLE, folder.into()), (AUTOLOAD_VARIABLE, autoload)];
+    own.into_iter().chain(switches).collect()
 }
 
 /// `word` as a shell reads it back.
@@ -482,11 +510,22 @@ mod tests {
             ..TorchOptions::new("cuda")
         };
         let line = CommandLine::new(&options, Path::new("/f"), Path::new("/f/engine.sock"), 29_500).line();
-        let expected = "BERINGIA_TORCH_FOLDER=/f PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 '/opt/it'\\''s here/python' -u -m \
+        let autoload = std::env::var(AUTOLOAD_VARIABLE).unwrap_or_else(|_| "0".to_owned());
+        let variables = format!("BERINGIA_TORCH_FOLDER=/f {AUTOLOAD_VARIABLE}={autoload} ");
+        assert!(line.contains(&variables), "{line}");
+        let expected = " PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 '/opt/it'\\''s here/python' -u -m \
             torch.distributed.run --nnodes 1 --master-addr 127.0.0.1 --master-port 29500 --nproc-per-node 4 \
             -m beringia_torch --socket /f/engine.sock --device cuda --precision auto --compile auto --threads 2";
-        assert!(line.starts_with("PYTHONPATH=/f"), "{line}");
+        assert!(line.starts_with("env -u RANK -u WORLD_SIZE -u LOCAL_RANK "), "{line}");
+        assert!(line.contains(" -u MASTER_PORT PYTHONPATH=/f"), "{line}");
         assert!(line.ends_with(expected), "{line}");
+    }
+
+    #[test]
+    fn an_outer_job_is_not_inherited() {
+        let command = CommandLine::new(&TorchOptions::new("cpu"), Path::new("/f"), Path::new("/f/s"), 1).command();
+        let removed: Vec<_> = command.get_envs().filter(|(_, value)| value.is_none()).map(|(name, _)| name).collect();
+        assert!(CLUSTER_VARIABLES.iter().all(|name| removed.contains(&std::ffi::OsStr::new(name))), "{removed:?}");
     }
 
     #[test]

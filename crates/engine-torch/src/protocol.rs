@@ -106,6 +106,8 @@ pub(crate) struct Done {
 pub(crate) struct Initialised {
     pub(crate) device: TorchDevice,
     pub(crate) parameters: Vec<(String, Vec<usize>)>,
+    #[serde(default)]
+    pub(crate) compiled: bool,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -125,6 +127,8 @@ pub(crate) struct Step {
     pub(crate) gradient_norm: f64,
     pub(crate) seconds: f64,
     pub(crate) joules: Option<f64>,
+    #[serde(default)]
+    pub(crate) compiled: bool,
 }
 
 #[derive(Debug, Deserialize)]

@@ -6,8 +6,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Bytes of stderr that are kept: some 40 lines, a Python traceback.
-const TAIL_BYTES_MAX: usize = 4096;
+/// Bytes of stderr that are kept: a Python traceback is some 3 KiB, and each of sixteen ranks may write one, and `torchrun`
+/// its own.
+const TAIL_BYTES_MAX: usize = 64 << 10;
+
+/// Bytes that are read at once.
+const READ_BYTES: usize = 4096;
 
 /// Lines that are quoted, and the characters of each.
 const QUOTED_LINES_MAX: usize = 12;
@@ -33,7 +37,7 @@ impl Tail {
         let kept = tail.clone();
         kept.lock().open = true;
         thread::spawn(move || {
-            let mut buffer = [0; TAIL_BYTES_MAX];
+            let mut buffer = [0; READ_BYTES];
             while let Ok(length @ 1..) = stream.read(&mut buffer) {
                 kept.push(&buffer[..length]);
             }
@@ -60,6 +64,16 @@ impl Tail {
 
     /// The last lines that hold something, printable; waits up to `wait` for the stream to end.
     pub(crate) fn lines(&self, wait: Duration) -> Vec<String> {
+        let lines = self.all_lines(wait);
+        lines[lines.len().saturating_sub(QUOTED_LINES_MAX)..].to_vec()
+    }
+
+    /// The last of all kept lines that `is_wanted`; waits as [`Tail::lines`].
+    pub(crate) fn last_line(&self, wait: Duration, is_wanted: impl Fn(&str) -> bool) -> Option<String> {
+        self.all_lines(wait).into_iter().rev().find(|line| is_wanted(line))
+    }
+
+    fn all_lines(&self, wait: Duration) -> Vec<String> {
         let deadline = Instant::now() + wait;
         let mut kept = self.lock();
         while let (true, Some(left)) = (kept.open, deadline.checked_duration_since(Instant::now())) {
@@ -68,9 +82,7 @@ impl Tail {
         }
         let bytes: Vec<u8> = kept.bytes.iter().copied().collect();
         let text = String::from_utf8_lossy(&bytes);
-        let lines: Vec<String> =
-            text.lines().map(|line| printable(line, QUOTED_CHARACTERS_MAX)).filter(|line| !line.is_empty()).collect();
-        lines[lines.len().saturating_sub(QUOTED_LINES_MAX)..].to_vec()
+        text.lines().map(|line| printable(line, QUOTED_CHARACTERS_MAX)).filter(|line| !line.is_empty()).collect()
     }
 }
 
@@ -95,6 +107,15 @@ mod tests {
         let lines = Tail::follow(std::io::Cursor::new(text)).lines(FOREVER);
         assert_eq!(lines.len(), QUOTED_LINES_MAX);
         assert_eq!(lines[QUOTED_LINES_MAX - 2..], ["Traceback:", " [31mout of cheese"]);
+    }
+
+    #[test]
+    fn a_line_is_found_before_those_that_are_quoted() {
+        let text = format!("rank 1: out of memory: 2 GiB\n{}", "Traceback\n".repeat(2 * QUOTED_LINES_MAX));
+        let tail = Tail::follow(std::io::Cursor::new(text));
+        let found = tail.last_line(FOREVER, |line| line.contains("out of memory"));
+        assert_eq!(found.as_deref(), Some("rank 1: out of memory: 2 GiB"));
+        assert_eq!(tail.last_line(FOREVER, |line| line.contains("cheese")), None);
     }
 
     #[test]

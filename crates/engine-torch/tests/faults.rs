@@ -11,7 +11,7 @@ use base::{ModelShape, TokenBatch};
 use common::{descendants, has_module, is_running, options, processor_ticks, script, state_bits, wait_until};
 use engine::conformance::{random_batch, tiny_shape};
 use engine::{Engine, EngineError, initial_parameters};
-use engine_torch::{ModelDescription, TorchEngine, TorchOptions};
+use engine_torch::{Compile, ModelDescription, TorchEngine, TorchOptions};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::thread;
@@ -182,6 +182,8 @@ fn software_that_is_missing_is_named_with_its_command() {
         }
         other => panic!("{other:?}"),
     }
+    let ranks = TorchOptions { ranks: 2, compile: Compile::On, ..options() };
+    assert!(refused(&ranks).to_string().contains("compile is off with several ranks"));
     let none = refused(&TorchOptions { device: "nonesuch:3".to_owned(), ..options() });
     assert!(matches!(&none, EngineError::Device { device, .. } if device == "torch:nonesuch:3"), "{none:?}");
 }
@@ -270,4 +272,31 @@ fn two_ranks_compute_what_one_does_and_end_together() {
     lost(two.inner_step(&batch(9), 1e-2));
     let is_gone = |process: &u32| !is_running(*process);
     wait_until("all ranks and their launcher are gone", || ranks.iter().chain([&launcher]).all(is_gone));
+}
+
+/// A package whose rank 0 says hello, and that ends as a rank other than 0 does when it has no memory left.
+const OTHER_RANK_OUT_OF_MEMORY: &str = r#"
+import json, socket, struct, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[sys.argv.index("--socket") + 1])
+hello = json.dumps({"protocol": 1, "python": "3", "torch": "2", "rank_count": 2}).encode()
+connection.sendall(struct.pack("<I", len(hello)) + hello)
+connection.recv(4)
+print("rank 1: out of memory: 2 GiB wanted", *["Traceback"] * 40, sep="\n", file=sys.stderr, flush=True)
+sys.exit(1)
+"#;
+
+#[test]
+fn another_rank_out_of_memory_is_told_as_such() {
+    if !has_module("json") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let python =
+        script(folder.path(), &format!("#!/usr/bin/env {}{OTHER_RANK_OUT_OF_MEMORY}", common::python().display()));
+    let error = refused(&TorchOptions { python: Some(python), ranks: 2, ..options() });
+    match error {
+        EngineError::OutOfMemory { reason, .. } => assert_eq!(reason, "rank 1: out of memory: 2 GiB wanted"),
+        other => panic!("{other:?}"),
+    }
 }
