@@ -27,6 +27,8 @@ def make_folder() -> str:
     """Before anything is compiled. The folder goes with the process, unless that is killed."""
     folder = tempfile.mkdtemp(prefix="beringia-compile-")  # mode 0700
     os.environ[FOLDER_VARIABLE] = folder
+    # Precompiled headers go to the guessable folder whatever the variable says: that, too, must lie in here.
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     _folders.append(folder)
     atexit.register(remove_folder)
     return folder
@@ -36,3 +38,4 @@ def remove_folder() -> None:
     """Does nothing where there is none."""
     while _folders:
         shutil.rmtree(_folders.pop(), ignore_errors=True)
+        tempfile.tempdir = None

@@ -7,8 +7,10 @@ import functools
 import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tempfile
 import unittest
 from collections.abc import Callable
 from unittest import mock
@@ -146,15 +148,17 @@ class Compilation(unittest.TestCase):
             self.assertEqual(folder.stat().st_mode & 0o777, 0o700)
             asked = (
                 "import torch._inductor.config as config\n"
-                "from torch._inductor.runtime.cache_dir_utils import cache_dir\n"
-                "print(config.force_disable_caches, config.compile_threads, cache_dir())"
+                "from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir\n"
+                "print(config.force_disable_caches, config.compile_threads, cache_dir(), default_cache_dir())"
             )
             said = subprocess.run(
                 [sys.executable, "-c", asked], capture_output=True, text=True, env=environment(), timeout=60, check=True
             )
-        self.assertEqual(said.stdout, f"True 1 {folder}\n")
+            self.assertEqual(tempfile.gettempdir(), str(folder))
+        self.assertRegex(said.stdout, rf"^True 1 {re.escape(str(folder))} {re.escape(str(folder))}/\w+\n$")
         compiler.remove_folder()
         self.assertFalse(folder.exists())
+        self.assertNotEqual(tempfile.gettempdir(), str(folder))
 
     def test_lack_of_memory_is_no_failure_of_the_compiler(self) -> None:
         tested, said = self.failing(torch.OutOfMemoryError("out of memory"))

@@ -81,6 +81,23 @@ class Device(unittest.TestCase):
         with contextlib.redirect_stderr(said):
             self.assertEqual(handler.handle(b'{"op":"measure"}'), (None, False))
 
+    def test_a_request_that_begins_after_the_agents_end_is_not_carried_out(self) -> None:
+        ours, theirs = socket.socketpair()
+        looks: list[float] = []
+
+        def begin(seconds: float) -> None:
+            looks.append(seconds)
+            watcher.busy = True
+
+        leaving, waiting = mock.patch.object(server.os, "_exit"), mock.patch.object(server.time, "sleep", begin)
+        with ours, leaving as leave, waiting:
+            watcher = server.Watcher(ours, exit_status=1)
+            theirs.close()
+            watcher.join(60)
+        self.assertFalse(watcher.is_alive())
+        self.assertEqual(looks, [server.LOOK_SECONDS], "it was idle when the agent went")
+        leave.assert_called_once_with(1)
+
     def test_whether_a_device_computes_is_tried(self) -> None:
         device = devices.open_device("cpu")
         self.assertTrue(device.computes)
