@@ -2,7 +2,9 @@
 //!
 //! What a test needs and the machine lacks is named, and the test left out; in CI it must be there.
 
-use crate::support::{Coordinator, Place, Process, assert_identical_after_every_commit, assert_ledger_adds_up};
+use crate::support::{
+    Coordinator, Place, Process, assert_identical_after_every_commit, assert_ledger_adds_up, wait_for,
+};
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -46,6 +48,13 @@ fn torch_children(agent: &Process) -> Vec<u32> {
 
 fn signal(process: u32, signal: &str) {
     assert!(Command::new("kill").args([signal, &process.to_string()]).status().unwrap().success());
+}
+
+/// Whether a process has ended; one that nobody has waited for yet has.
+fn is_gone(process: u32) -> bool {
+    let state = Command::new("ps").args(["-o", "state=", "-p", &process.to_string()]).output().unwrap();
+    let state = String::from_utf8(state.stdout).unwrap();
+    state.trim().is_empty() || state.trim().starts_with('Z')
 }
 
 fn reason_of_leaving(place: &Place) -> Option<String> {
@@ -141,8 +150,7 @@ fn a_pytorch_process_that_hangs_is_named_and_left_behind() {
     assert!(seconds >= 12.0, "named after {seconds} s");
     let ended = torch.end();
     assert!(ended.failure().contains("torch:cpu"), "{}", ended.failure());
-    let gone = Command::new("kill").args(["-0", &children[0].to_string()]).stderr(Stdio::null()).status().unwrap();
-    assert!(!gone.success(), "the stopped process was ended");
+    wait_for("the end of the stopped process", || is_gone(children[0]).then_some(()));
     // The others go on without it.
     let newest = place.events("run").iter().filter(|r| matches!(r.event, Event::RoundCommitted { .. })).count() as u64;
     place.wait_for_commit("run", newest + 2);
