@@ -6,6 +6,10 @@
 
 #[cfg(feature = "cubecl")]
 mod accelerator;
+#[cfg(feature = "wgpu")]
+mod adapters;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod processor;
 
 use burn::tensor::Device;
