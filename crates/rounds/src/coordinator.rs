@@ -11,7 +11,7 @@ use crate::ledger::{Ledger, LedgerTotals};
 use crate::plan::{
     Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan, SiteDevice,
 };
-use crate::shares::{Speed, follow, have_drifted, portions};
+use crate::shares::{Speed, follow, portions};
 use base::{ContentHash, Round, RunConfig, SiteId, Term};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -699,15 +699,15 @@ impl Coordinator {
             return current.iter().map(configured).collect();
         }
         let mut speeds: Vec<Speed> = current.iter().map(|site| self.sites[site].speed).collect();
-        follow(&mut speeds);
+        let in_use: Vec<f64> = current.iter().filter_map(|site| self.weights.get(site).copied()).collect();
+        let moved = follow(&mut speeds, &in_use);
         for (site, speed) in current.iter().zip(&speeds) {
             if let Some(site) = self.sites.get_mut(site) {
                 site.speed = *speed;
             }
         }
         let measured: Vec<f64> = speeds.iter().map(|speed| speed.believed).collect();
-        let in_use: Vec<f64> = current.iter().filter_map(|site| self.weights.get(site).copied()).collect();
-        if in_use.len() == self.weights.len() && !have_drifted(&in_use, &measured) {
+        if in_use.len() == self.weights.len() && !moved {
             return in_use;
         }
         self.weights = current.iter().copied().zip(measured.iter().copied()).collect();
