@@ -346,7 +346,7 @@ impl Lab {
             }
             let failed = |site: &mut Process| matches!(site.child.try_wait(), Ok(Some(status)) if !status.success());
             if watched.sites_ready() < sites_wanted
-                && let Some(dead) = sites.iter_mut().position(|site| failed(site))
+                && let Some(dead) = sites.iter_mut().position(failed)
             {
                 let name = &sites[dead].name;
                 let message = format!("{name} ended before it was ready");
