@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from typing import NoReturn
 
 from . import __version__, compiler
 from .errors import EngineError
@@ -94,7 +95,16 @@ def _run(arguments: argparse.Namespace, connection: socket.socket | None) -> int
         return 1
     if status == 0:
         group.close()
+    if group.size > 1:
+        _leave_at_once(status)
     return status
+
+
+def _leave_at_once(status: int) -> NoReturn:
+    """Ends a rank that has left its group. Threads of Gloo and autograd may still run when the interpreter takes its modules
+    down, which then aborts the process; torchrun would take that for a failure of all ranks."""
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _check_torch() -> None:
