@@ -101,8 +101,11 @@ def _run(arguments: argparse.Namespace, connection: socket.socket | None) -> int
 
 
 def _leave_at_once(status: int) -> NoReturn:
-    """Ends a rank that has left its group. Threads of Gloo and autograd may still run when the interpreter takes its modules
-    down, which then aborts the process; torchrun would take that for a failure of all ranks."""
+    """Ends a rank that has left its group.
+
+    Threads of Gloo and autograd may still run when the interpreter takes its modules down, which then aborts the process;
+    torchrun would take that for a failure of all ranks.
+    """
     sys.stderr.flush()
     os._exit(status)
 
