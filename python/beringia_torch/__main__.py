@@ -103,7 +103,7 @@ def _run(arguments: argparse.Namespace, connection: socket.socket | None) -> int
 def _leave_at_once(status: int) -> NoReturn:
     """Ends a rank that has left its group.
 
-    Threads of Gloo and autograd may still run when the interpreter takes its modules down, which then aborts the process;
+    Threads of Gloo and autograd may still run when the interpreter takes its modules down, which aborts the process:
     torchrun would take that for a failure of all ranks.
     """
     sys.stderr.flush()
