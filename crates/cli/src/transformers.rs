@@ -5,7 +5,7 @@
 use crate::failure::Failure;
 use base::transformers::TransformersSection;
 use base::{ModelShape, NamedTensors, RunConfig};
-use engine_torch::{TorchOptions, describe_model};
+use engine_torch::{TorchOptions, describe_model, positions_of};
 use serde_json::{Map, Value};
 use std::fs::File;
 use std::io::Read;
@@ -20,7 +20,7 @@ const POSITIONS_DEFAULT: usize = 2_048;
 /// What a `config.json` says.
 pub(crate) struct TransformersModel {
     path: PathBuf,
-    keys: Map<String, Value>,
+    config: Value,
     python: Option<PathBuf>,
 }
 
@@ -40,20 +40,20 @@ impl TransformersModel {
         if text.len() as u64 > CONFIG_BYTES_MAX {
             return Err(refuse(format!("is longer than {CONFIG_BYTES_MAX} bytes")));
         }
-        let keys: Map<String, Value> = serde_json::from_str(&text).map_err(|error| refuse(error.to_string()))?;
-        if !keys.get("model_type").is_some_and(Value::is_string) {
+        let config: Map<String, Value> = serde_json::from_str(&text).map_err(|error| refuse(error.to_string()))?;
+        if !config.get("model_type").is_some_and(Value::is_string) {
             return Err(refuse("has no model_type".to_owned()));
         }
-        Ok(Self { path, keys, python })
+        Ok(Self { path, config: Value::Object(config), python })
     }
 
     fn number(&self, names: &[&str]) -> Option<usize> {
-        names.iter().find_map(|name| self.keys.get(*name)?.as_u64()).and_then(|number| usize::try_from(number).ok())
+        names.iter().find_map(|name| self.config.get(*name)?.as_u64()).and_then(|number| usize::try_from(number).ok())
     }
 
     /// Longest text that it takes, tokens.
     pub(crate) fn positions(&self) -> usize {
-        self.number(&["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"]).unwrap_or(POSITIONS_DEFAULT)
+        positions_of(&self.config).unwrap_or(POSITIONS_DEFAULT)
     }
 
     /// `[model]` of a run: the numbers that have to do with text, and of the others those that the configuration names.
@@ -70,7 +70,7 @@ impl TransformersModel {
             max_position_embeddings: self.positions(),
             rope_theta: 10_000.0,
             rms_norm_eps: 1e-5,
-            tie_word_embeddings: self.keys.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(true),
+            tie_word_embeddings: self.config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(true),
         }
     }
 
@@ -80,9 +80,8 @@ impl TransformersModel {
     /// # Errors
     /// Python, PyTorch or transformers is missing, or the configuration is none of a causal language model.
     pub(crate) fn build(&self, config: &mut RunConfig) -> Result<NamedTensors, Failure> {
-        let mut keys = self.keys.clone();
-        keys.insert("vocab_size".to_owned(), config.model.vocab_size.into());
-        let described = Value::Object(keys);
+        let mut described = self.config.clone();
+        described["vocab_size"] = config.model.vocab_size.into();
         let options = TorchOptions { python: self.python.clone(), ..TorchOptions::new("cpu") };
         let built = describe_model(&described, config.run.seed, &options)
             .map_err(|error| Failure::from(error).about(&self.path.display().to_string()))?;

@@ -1,9 +1,12 @@
 //! Engines beside each other: a run may begin on one and go on on another, optimiser included, and they compute the same.
 //!
 //! Each engine passes the conformance suite in its own crate; here are the pairs. What the machine lacks is named and left
-//! out; in CI it must be there.
+//! out.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test's helper may panic, and says what was left out")]
+
+#[path = "support/needs.rs"]
+mod needs;
 
 use base::config::TrainSection;
 use base::{ModelShape, NamedTensors};
@@ -11,17 +14,7 @@ use engine::conformance::{self, Expectations, Factory};
 use engine::{Engine, Precision, PrecisionChoice};
 use engine_burn::BurnEngine;
 use engine_torch::{Compile, ModelDescription, TorchEngine, TorchOptions};
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
-
-fn left_out(what: &str) {
-    assert!(std::env::var_os("CI").is_none(), "{what}: CI must have it");
-    eprintln!("left out: {what}");
-}
-
-fn python() -> PathBuf {
-    std::env::var_os("BERINGIA_PYTHON").map_or_else(|| PathBuf::from("python3"), PathBuf::from)
-}
+use needs::{no_torch, no_wgpu, python};
 
 fn burn(
     device: &'static str,
@@ -54,18 +47,16 @@ fn go_on_both_ways(first: &Factory<'_>, second: &Factory<'_>, expected: &Expecta
 
 #[test]
 fn native_and_pytorch_continue_each_other() {
-    let find = "import sys, importlib.util as u; sys.exit(u.find_spec('torch') is None)";
-    let found = Command::new(python()).args(["-c", find]).stdin(Stdio::null()).stderr(Stdio::null()).status();
-    if !found.is_ok_and(|status| status.success()) {
-        return left_out("Python has no torch");
+    if no_torch() {
+        return;
     }
     go_on_both_ways(&burn("flex", Precision::F32), &torch, &ACROSS);
 }
 
 #[test]
 fn the_processor_and_a_gpu_continue_each_other() {
-    if !engine_burn::devices().iter().any(|device| device.engine.starts_with("wgpu")) {
-        return left_out("no wgpu adapter");
+    if no_wgpu() {
+        return;
     }
     go_on_both_ways(&burn("flex", Precision::F32), &burn("wgpu", Precision::F32), &ACROSS);
 }

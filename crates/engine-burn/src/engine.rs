@@ -12,6 +12,7 @@ use crate::{failure, operations, weights};
 use base::config::{InnerOptimizer, TrainSection};
 use base::{Fragment, ModelShape, NamedTensors, ParameterSchema, TokenBatch};
 use burn::tensor::Tensor;
+use engine::checks::{TextLimits, check_fragment};
 use engine::numerics::Operation;
 use engine::{DeviceInfo, Engine, EngineError, EngineState, LossSum, Precision, PrecisionChoice, StepReport};
 use std::time::Instant;
@@ -188,30 +189,8 @@ impl BurnEngine {
         Ok(())
     }
 
-    fn check_batch(&self, batch: &TokenBatch) -> Result<(), EngineError> {
-        let refuse = |reason: String| Err(EngineError::Shape { what: "batch".to_owned(), reason });
-        let (samples, positions) = (batch.samples, batch.sequence_length);
-        if samples == 0 || positions == 0 {
-            return refuse(format!("{samples} samples of {positions} tokens hold nothing to predict"));
-        }
-        if positions > self.shape.max_position_embeddings {
-            return refuse(format!("{positions} positions, the model has {}", self.shape.max_position_embeddings));
-        }
-        let expected = samples.checked_mul(positions + 1);
-        if expected != Some(batch.tokens.len()) {
-            return refuse(format!("{} tokens for {samples} samples of {positions} + 1", batch.tokens.len()));
-        }
-        self.check_tokens("batch", &batch.tokens)
-    }
-
-    fn check_tokens(&self, what: &str, tokens: &[u32]) -> Result<(), EngineError> {
-        match tokens.iter().position(|token| *token as usize >= self.shape.vocab_size) {
-            None => Ok(()),
-            Some(index) => Err(EngineError::Shape {
-                what: what.to_owned(),
-                reason: format!("token {} at {index}, the vocabulary has {}", tokens[index], self.shape.vocab_size),
-            }),
-        }
+    fn limits(&self) -> TextLimits {
+        TextLimits { vocabulary: Some(self.shape.vocab_size), positions: Some(self.shape.max_position_embeddings) }
     }
 
     fn backpropagate(&mut self, batch: &TokenBatch) -> Result<Backpropagated, EngineError> {
@@ -263,7 +242,7 @@ impl Engine for BurnEngine {
 
     fn inner_step(&mut self, batch: &TokenBatch, learning_rate: f64) -> Result<StepReport, EngineError> {
         let start = Instant::now();
-        self.check_batch(batch)?;
+        self.limits().check_batch(batch)?;
         self.on_device(|engine| {
             let Backpropagated { loss_nats, gradients, norm } = engine.backpropagate(batch)?;
             let scale = optimizer::clip_scale(engine.train.gradient_clip_norm, norm);
@@ -275,8 +254,8 @@ impl Engine for BurnEngine {
     fn gradient(&mut self, batch: &TokenBatch, gradient: &mut [f32]) -> Result<StepReport, EngineError> {
         let start = Instant::now();
         let whole = self.schema.whole();
-        weights::check_fragment(&self.schema, &whole, gradient.len())?;
-        self.check_batch(batch)?;
+        check_fragment(&self.schema, &whole, gradient.len())?;
+        self.limits().check_batch(batch)?;
         self.on_device(|engine| {
             let Backpropagated { loss_nats, gradients, norm } = engine.backpropagate(batch)?;
             weights::read_fragment(&engine.schema, &gradients, &whole, gradient, engine.device_name())?;
@@ -285,7 +264,7 @@ impl Engine for BurnEngine {
     }
 
     fn evaluate(&mut self, batch: &TokenBatch) -> Result<LossSum, EngineError> {
-        self.check_batch(batch)?;
+        self.limits().check_batch(batch)?;
         self.check_forward(self.train.micro_batch_samples.clamp(1, batch.samples), batch.sequence_length)?;
         self.on_device(|engine| {
             let parameters = engine.parameters.clone();
@@ -298,12 +277,7 @@ impl Engine for BurnEngine {
     }
 
     fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
-        let positions_max = self.shape.max_position_embeddings;
-        if tokens.is_empty() || tokens.len() > positions_max {
-            let reason = format!("{} tokens, the model takes 1 to {positions_max}", tokens.len());
-            return Err(EngineError::Shape { what: "sequence".to_owned(), reason });
-        }
-        self.check_tokens("sequence", tokens)?;
+        self.limits().check_sequence(tokens)?;
         self.check_forward(1, tokens.len())?;
         self.on_device(|engine| {
             let logits = engine.model.logits(&engine.parameters, tokens, 1);
@@ -312,14 +286,14 @@ impl Engine for BurnEngine {
     }
 
     fn read_fragment(&mut self, fragment: &Fragment, values: &mut [f32]) -> Result<(), EngineError> {
-        weights::check_fragment(&self.schema, fragment, values.len())?;
+        check_fragment(&self.schema, fragment, values.len())?;
         self.on_device(|engine| {
             weights::read_fragment(&engine.schema, &engine.parameters, fragment, values, engine.device_name())
         })
     }
 
     fn write_fragment(&mut self, fragment: &Fragment, values: &[f32]) -> Result<(), EngineError> {
-        weights::check_fragment(&self.schema, fragment, values.len())?;
+        check_fragment(&self.schema, fragment, values.len())?;
         self.on_device(|engine| {
             let (schema, device) = (&engine.schema, &engine.opened.device);
             let written = weights::written(schema, &engine.parameters, fragment, values, device, engine.device_name())?;

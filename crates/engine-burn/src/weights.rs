@@ -57,27 +57,6 @@ pub(crate) fn download<const D: usize>(tensor: &Tensor<D>, device_name: &str) ->
     data.try_into_vec::<f32>().map_err(|error| failure::classify(device_name, &format!("{error:?}")))
 }
 
-/// Checks that `fragment` lies within the schema and `values` is as long.
-pub(crate) fn check_fragment(
-    schema: &ParameterSchema,
-    fragment: &Fragment,
-    values_length: usize,
-) -> Result<(), EngineError> {
-    let refuse = |reason: String| Err(EngineError::Shape { what: "fragment".to_owned(), reason });
-    let mut end = 0;
-    for range in &fragment.ranges {
-        if range.start < end || range.end < range.start || range.end > schema.elements() {
-            let elements = schema.elements();
-            return refuse(format!("range {range:?} is not ascending and disjoint within 0..{elements}"));
-        }
-        end = range.end;
-    }
-    if values_length != fragment.elements() {
-        return refuse(format!("{values_length} values for {} elements", fragment.elements()));
-    }
-    Ok(())
-}
-
 /// Where a fragment and one parameter overlap: `(elements of the parameter, elements of the fragment's values)`.
 fn overlaps(fragment: &Fragment, parameter: &ParameterSpec) -> Vec<(Range<usize>, Range<usize>)> {
     let mut offset = 0;

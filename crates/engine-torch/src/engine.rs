@@ -2,12 +2,13 @@
 
 use crate::arena::{Arena, ELEMENT_BYTES, Layout};
 use crate::leash::Leash;
-use crate::options::{Limits, ModelDescription, TorchOptions};
-use crate::places::{Piece, Places, check_fragment};
+use crate::options::{ModelDescription, TorchOptions};
+use crate::places::{Piece, Places};
 use crate::process::TorchProcess;
 use crate::protocol::{Computed, Initialised, Input, Loss, Request, Saved, Step, TorchDevice, Train, count_elements};
 use base::config::TrainSection;
 use base::{Fragment, NamedTensors, ParameterSchema, TokenBatch};
+use engine::checks::{TextLimits, check_fragment};
 use engine::numerics::Operation;
 use engine::{DeviceInfo, DeviceRates, Engine, EngineError, EngineState, Interrupter, LossSum, StepReport};
 use std::io;
@@ -20,7 +21,7 @@ const OPERATION_ELEMENTS_MIN: usize = 1 << 20;
 /// PyTorch in a process beside this one. Dropping it ends the process.
 pub struct TorchEngine {
     model: ModelDescription,
-    limits: Limits,
+    limits: TextLimits,
     schema: ParameterSchema,
     train: TrainSection,
     process: Option<TorchProcess>,
@@ -147,34 +148,6 @@ impl TorchEngine {
         on_arena(self.process()?, layout, act)
     }
 
-    fn check_batch(&self, batch: &TokenBatch) -> Result<(), EngineError> {
-        let refuse = |reason: String| Err(EngineError::Shape { what: "batch".to_owned(), reason });
-        let (samples, positions) = (batch.samples, batch.sequence_length);
-        if samples == 0 || positions == 0 {
-            return refuse(format!("{samples} samples of {positions} tokens hold nothing to predict"));
-        }
-        if let Some(positions_max) = self.limits.positions.filter(|maximum| positions > *maximum) {
-            return refuse(format!("{positions} positions, the model has {positions_max}"));
-        }
-        let expected = positions.checked_add(1).and_then(|row| samples.checked_mul(row));
-        if expected != Some(batch.tokens.len()) {
-            return refuse(format!("{} tokens for {samples} samples of {positions} + 1", batch.tokens.len()));
-        }
-        self.check_tokens("batch", &batch.tokens)
-    }
-
-    fn check_tokens(&self, what: &str, tokens: &[u32]) -> Result<(), EngineError> {
-        // The other side reads them as i32.
-        let vocabulary = self.limits.vocabulary.unwrap_or(i32::MAX as usize);
-        match tokens.iter().position(|token| *token as usize >= vocabulary) {
-            None => Ok(()),
-            Some(index) => {
-                let reason = format!("token {} at {index}, the vocabulary has {vocabulary}", tokens[index]);
-                Err(EngineError::Shape { what: what.to_owned(), reason })
-            }
-        }
-    }
-
     /// Tells Python of a micro-batch that was changed here.
     fn follow_micro_batch(&mut self) -> Result<(), EngineError> {
         let samples = self.train.micro_batch_samples;
@@ -278,7 +251,7 @@ impl Engine for TorchEngine {
     }
 
     fn inner_step(&mut self, batch: &TokenBatch, learning_rate: f64) -> Result<StepReport, EngineError> {
-        self.check_batch(batch)?;
+        self.limits.check_batch(batch)?;
         if !learning_rate.is_finite() {
             return Err(EngineError::NotFinite { what: "learning rate", value: learning_rate });
         }
@@ -294,7 +267,7 @@ impl Engine for TorchEngine {
     fn gradient(&mut self, batch: &TokenBatch, gradient: &mut [f32]) -> Result<StepReport, EngineError> {
         let whole = self.schema.whole();
         check_fragment(&self.schema, &whole, gradient.len())?;
-        self.check_batch(batch)?;
+        self.limits.check_batch(batch)?;
         self.follow_micro_batch()?;
         let mut layout = Layout::default();
         let (tokens, place) = (layout.place(batch.tokens.len()), layout.place(gradient.len()));
@@ -308,7 +281,7 @@ impl Engine for TorchEngine {
     }
 
     fn evaluate(&mut self, batch: &TokenBatch) -> Result<LossSum, EngineError> {
-        self.check_batch(batch)?;
+        self.limits.check_batch(batch)?;
         self.follow_micro_batch()?;
         let mut layout = Layout::default();
         let tokens = layout.place(batch.tokens.len());
@@ -324,14 +297,10 @@ impl Engine for TorchEngine {
     }
 
     fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
-        let refuse = |reason: String| Err(EngineError::Shape { what: "sequence".to_owned(), reason });
-        let positions_max = self.limits.positions.unwrap_or(usize::MAX);
-        if tokens.is_empty() || tokens.len() > positions_max {
-            return refuse(format!("{} tokens, the model takes 1 to {positions_max}", tokens.len()));
-        }
-        self.check_tokens("sequence", tokens)?;
+        self.limits.check_sequence(tokens)?;
         let Some(elements) = self.limits.vocabulary.and_then(|vocabulary| vocabulary.checked_mul(tokens.len())) else {
-            return refuse("the model's configuration has no vocab_size".to_owned());
+            let reason = "the model's configuration has no vocab_size".to_owned();
+            return Err(EngineError::Shape { what: "sequence".to_owned(), reason });
         };
         let mut layout = Layout::default();
         let (input, output) = (layout.place(tokens.len()), layout.place(elements));

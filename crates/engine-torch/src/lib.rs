@@ -32,5 +32,5 @@ mod tail;
 pub use crate::describe::{DescribedModel, describe_model};
 pub use crate::devices::{devices, measured_devices};
 pub use crate::engine::TorchEngine;
-pub use crate::options::{Compile, ModelDescription, Start, TorchOptions};
+pub use crate::options::{Compile, ModelDescription, Start, TorchOptions, positions_of};
 pub use crate::process::TorchProcess;

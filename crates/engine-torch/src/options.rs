@@ -2,6 +2,7 @@
 
 use base::{ModelShape, ParameterSchema};
 use engine::PrecisionChoice;
+use engine::checks::TextLimits;
 use serde_json::{Value, json};
 use std::fmt;
 use std::path::PathBuf;
@@ -63,24 +64,21 @@ impl ModelDescription {
 
     /// Tokens that the model knows and positions that it takes; `None` where the configuration does not say under the usual
     /// keys, and Python has to judge.
-    pub(crate) fn limits(&self) -> Limits {
+    pub(crate) fn limits(&self) -> TextLimits {
         match self {
             Self::Llama(shape) => {
-                Limits { vocabulary: Some(shape.vocab_size), positions: Some(shape.max_position_embeddings) }
+                TextLimits { vocabulary: Some(shape.vocab_size), positions: Some(shape.max_position_embeddings) }
             }
-            Self::HuggingFace { config, .. } => Limits {
-                vocabulary: number(config, &["vocab_size"]),
-                positions: number(config, &["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"]),
-            },
+            Self::HuggingFace { config, .. } => {
+                TextLimits { vocabulary: number(config, &["vocab_size"]), positions: positions_of(config) }
+            }
         }
     }
 }
 
-/// What a batch must keep to.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    pub(crate) vocabulary: Option<usize>,
-    pub(crate) positions: Option<usize>,
+/// Longest text that the model of a `config.json` takes, tokens, under the keys of several families.
+pub fn positions_of(config: &Value) -> Option<usize> {
+    number(config, &["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"])
 }
 
 fn number(config: &Value, keys: &[&str]) -> Option<usize> {

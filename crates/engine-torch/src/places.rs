@@ -83,27 +83,6 @@ fn not_in_schema(shape: &[usize]) -> String {
     format!("PyTorch's model has it with shape {shape:?}, the checkpoint does not")
 }
 
-/// Checks that `fragment` lies within the schema and `values` is as long.
-pub(crate) fn check_fragment(
-    schema: &ParameterSchema,
-    fragment: &Fragment,
-    values_length: usize,
-) -> Result<(), EngineError> {
-    let refuse = |reason: String| Err(EngineError::Shape { what: "fragment".to_owned(), reason });
-    let mut end = 0;
-    for range in &fragment.ranges {
-        if range.start < end || range.end < range.start || range.end > schema.elements() {
-            let elements = schema.elements();
-            return refuse(format!("range {range:?} is not ascending and disjoint within 0..{elements}"));
-        }
-        end = range.end;
-    }
-    if values_length != fragment.elements() {
-        return refuse(format!("{values_length} values for {} elements", fragment.elements()));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

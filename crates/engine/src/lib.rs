@@ -4,6 +4,7 @@
 //! sites or the network. What it exchanges with the host is flat f32 in the order of its
 //! [`ParameterSchema`], whatever it computes in.
 
+pub mod checks;
 pub mod conformance;
 mod device;
 mod initial;

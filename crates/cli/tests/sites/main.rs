@@ -10,6 +10,8 @@
 mod faults;
 mod identical;
 mod mixed;
+#[path = "../support/needs.rs"]
+mod needs;
 mod refusals;
 mod resuming;
 #[path = "../support/mod.rs"]

@@ -1,39 +1,19 @@
 //! One run over unlike engines: native on the CPU, native on a GPU (lavapipe where there is no other), PyTorch.
 //!
-//! What a test needs and the machine lacks is named, and the test left out; in CI it must be there.
+//! What a test needs and the machine lacks is named, and the test left out.
 
+use crate::needs::{no_torch, no_wgpu};
 use crate::support::{
     Coordinator, Place, Process, assert_identical_after_every_commit, assert_ledger_adds_up, wait_for,
 };
 use serde_json::Value;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use telemetry::Event;
 
 const SITES: [&str; 3] = ["site-a", "site-b", "site-c"];
 
 /// Steps after which a PyTorch site can be met in the middle of a round.
 const MANY_STEPS: &str = "train.steps=200000";
-
-fn left_out(what: &str) -> bool {
-    assert!(std::env::var_os("CI").is_none(), "{what}: CI must have it");
-    eprintln!("left out: {what}");
-    true
-}
-
-/// Whether PyTorch is missing.
-fn no_torch() -> bool {
-    let python = std::env::var_os("BERINGIA_PYTHON").map_or_else(|| PathBuf::from("python3"), PathBuf::from);
-    let find = "import sys, importlib.util as u; sys.exit(u.find_spec('torch') is None)";
-    let found = Command::new(&python).args(["-c", find]).stdin(Stdio::null()).stderr(Stdio::null()).status();
-    !found.is_ok_and(|status| status.success()) && left_out(&format!("{} has no torch", python.display()))
-}
-
-/// Whether there is no GPU, not even one in software.
-fn no_wgpu() -> bool {
-    let devices = engine_burn::devices();
-    !devices.iter().any(|device| device.engine.starts_with("wgpu")) && left_out("no wgpu adapter")
-}
 
 /// What a site that computes with `engine` is told.
 fn with(engine: &str) -> [&str; 4] {

@@ -22,8 +22,7 @@ pub type Factory<'a> = dyn Fn(&ModelShape, &TrainSection, &NamedTensors) -> Box<
 /// size. bf16: each factor is rounded at 2^-9 = 2e-3; a logit of two blocks has passed some ten such roundings, independent
 /// of each other (√10 · 2e-3 = 6e-3 of the logits' norm); backward doubles their number and differences of nearly equal
 /// terms enlarge them; the loss averages over positions. AdamW divides a gradient by its own size, so that an
-/// element whose gradient nearly cancels moves by its rounding error: hence the larger figures after steps. Measured figures lie at
-/// least two times under each tolerance (docs/engine.md).
+/// element whose gradient nearly cancels moves by its rounding error: hence the larger figures after steps.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Expectations {
     /// What matrix products are computed in.
