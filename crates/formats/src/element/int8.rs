@@ -1,0 +1,84 @@
+//! int8: codes -127 to 127, each worth its own number, symmetric about zero.
+//!
+//! -128 is never made, so that a value and its negative have opposite codes; as an element it decodes to -128, and
+//! [the codec](crate::codec) refuses it.
+
+use crate::isa::{Isa, vectorised};
+use crate::round::{Key, Rounding, for_each_key};
+
+/// The largest magnitude of a code.
+pub const INT8_MAX: f32 = 127.0;
+
+/// 1.5 * 2^23: the sum with a small number is rounded to an integer, and its low bits are that integer.
+const ANCHOR: f32 = 12_582_912.0;
+
+/// Rounds to nearest even, and beyond ±127 to ±127; NaN becomes 0.
+#[inline(always)]
+pub(crate) fn nearest_int8(value: f32) -> i8 {
+    let not_nan = if value.is_nan() { 0.0 } else { value };
+    let bounded = if not_nan > INT8_MAX { INT8_MAX } else { not_nan };
+    let bounded = if bounded < -INT8_MAX { -INT8_MAX } else { bounded };
+    (bounded + ANCHOR).to_bits() as i8
+}
+
+#[inline(always)]
+fn stochastic_int8(value: f32, random: u32) -> i8 {
+    let not_nan = if value.is_nan() { 0.0 } else { value };
+    let bounded = if not_nan > INT8_MAX { INT8_MAX } else { not_nan };
+    let bounded = if bounded < -INT8_MAX { -INT8_MAX } else { bounded };
+    let toward_zero = bounded as i32;
+    let fraction = (bounded - toward_zero as f32).abs();
+    let uniform = (random >> 8) as i32 as f32 / (1 << 24) as f32;
+    let away = if bounded < 0.0 { -1 } else { 1 };
+    (toward_zero + if uniform < fraction { away } else { 0 }) as i8
+}
+
+/// Encodes each value, in units of the scale that the caller divided by, to the code beside it.
+///
+/// # Panics
+/// When the slices differ in length.
+pub fn encode_int8(values: &[f32], codes: &mut [i8], rounding: Rounding) {
+    assert_eq!(values.len(), codes.len(), "a code for each value");
+    let isa = Isa::best();
+    match rounding {
+        Rounding::NearestEven => nearest(isa, values, codes),
+        Rounding::Stochastic { seed, first } => for_each_key(seed, first, values.len(), |key, low, range| {
+            stochastic(isa, &values[range.clone()], &mut codes[range], key, low);
+        }),
+    }
+}
+
+/// Decodes each code to the value beside it.
+///
+/// # Panics
+/// When the slices differ in length.
+pub fn decode_int8(codes: &[i8], values: &mut [f32]) {
+    assert_eq!(values.len(), codes.len(), "a value for each code");
+    widen(Isa::best(), codes, values);
+}
+
+vectorised! {
+    fn nearest(values: &[f32], codes: &mut [i8]) {
+        for (code, value) in codes.iter_mut().zip(values) {
+            *code = nearest_int8(*value);
+        }
+    }
+}
+
+vectorised! {
+    fn stochastic(values: &[f32], codes: &mut [i8], key: Key, low: u32) {
+        let mut index = low;
+        for (code, value) in codes.iter_mut().zip(values) {
+            *code = stochastic_int8(*value, key.random(index));
+            index = index.wrapping_add(1);
+        }
+    }
+}
+
+vectorised! {
+    fn widen(codes: &[i8], values: &mut [f32]) {
+        for (value, code) in values.iter_mut().zip(codes) {
+            *value = f32::from(*code);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! How a value between two codes is rounded, and the random bits for it.
+//!
+//! Stochastic rounding takes the upper neighbour with the probability of the distance from the lower one, so that the
+//! error is zero in the mean. Its random bits are a function of (seed, index of the value), not of a state: the result
+//! does not depend on how a tensor is cut into slices or on the order in which they are coded.
+
+/// How a value between two codes is rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// To the nearer code; in the middle, to the one whose last bit is 0.
+    NearestEven,
+    /// Up with the probability of the distance from the lower code (resolution 2^-24 of a step, and exact on codes).
+    Stochastic {
+        /// Equal seeds give equal roundings.
+        seed: u64,
+        /// Index of the slice's first value in the whole that is coded with this seed.
+        first: u64,
+    },
+}
+
+/// A seed's key for 2^32 consecutive indices; see [`Key::random`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Key([u32; 2]);
+
+impl Key {
+    /// `high`: the upper 32 bits of the indices.
+    pub(crate) fn new(seed: u64, high: u32) -> Self {
+        let mixed = mix64(seed ^ mix64(u64::from(high)));
+        Self([mixed as u32, (mixed >> 32) as u32])
+    }
+
+    /// 32 random bits for the index whose lower half is `low`.
+    #[inline(always)]
+    pub(crate) fn random(self, low: u32) -> u32 {
+        mix32(mix32(low ^ self.0[0]).wrapping_add(self.0[1]))
+    }
+}
+
+/// Calls `code(key, low, range)` for the parts of `0..values` whose indices, from `first` on, share their upper halves.
+#[inline(always)]
+pub(crate) fn for_each_key(
+    seed: u64,
+    first: u64,
+    values: usize,
+    mut code: impl FnMut(Key, u32, std::ops::Range<usize>),
+) {
+    let mut done = 0;
+    while done < values {
+        let index = first.wrapping_add(done as u64);
+        let until_carry = (1 << 32) - u64::from(index as u32);
+        let run = until_carry.min((values - done) as u64) as usize;
+        code(Key::new(seed, (index >> 32) as u32), index as u32, done..done + run);
+        done += run;
+    }
+}
+
+/// A bijection of 32 bits whose output bits each depend on all input bits (multipliers by Chris Wellons' search for
+/// the lowest bias, "lowbias32").
+#[inline(always)]
+fn mix32(mut x: u32) -> u32 {
+    x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
+    x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
+    x ^ (x >> 16)
+}
+
+/// The finaliser of SplitMix64 (Steele, Lea and Flood 2014) after one step of its counter.
+fn mix64(x: u64) -> u64 {
+    let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_bits_are_fair_and_differ_between_seeds_and_halves() {
+        const DRAWS: u32 = 1 << 16;
+        // Five standard errors of a fair coin: 5 * sqrt(DRAWS) / 2.
+        let tolerance = 5.0 * f64::from(DRAWS).sqrt() / 2.0;
+        let fair = |count: u32| (f64::from(count) - f64::from(DRAWS) / 2.0).abs() < tolerance;
+        let [a, b, c] = [Key::new(1, 0), Key::new(2, 0), Key::new(1, 1)];
+        for bit in 0..32 {
+            let count = |draw: &dyn Fn(u32) -> u32| (0..DRAWS).map(|low| (draw(low) >> bit) & 1).sum::<u32>();
+            assert!(fair(count(&|low| a.random(low))), "bit {bit}");
+            assert!(fair(count(&|low| a.random(low) ^ a.random(low + 1))), "neighbours, bit {bit}");
+            assert!(fair(count(&|low| a.random(low) ^ b.random(low))), "seeds, bit {bit}");
+            assert!(fair(count(&|low| a.random(low) ^ c.random(low))), "halves, bit {bit}");
+        }
+    }
+
+    #[test]
+    fn keys_change_where_the_upper_half_of_the_index_does() {
+        let mut parts = Vec::new();
+        for_each_key(7, (1 << 32) - 3, 10, |key, low, range| parts.push((key.random(low), low, range)));
+        assert_eq!(parts[0], (Key::new(7, 0).random(u32::MAX - 2), u32::MAX - 2, 0..3));
+        assert_eq!(parts[1], (Key::new(7, 1).random(0), 0, 3..10));
+        assert_eq!(parts.len(), 2);
+    }
+}
