@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 /// Longest accepted `run.toml`, bytes: a hundred times what `beringia init` writes.
 pub const RUN_TOML_BYTES_MAX: usize = 256 * 1024;
 
+/// Most fragments of a run: more than any model has layers.
+pub const FRAGMENTS_MAX: u64 = 1_000;
+
 /// One run, as `run.toml` describes it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -152,16 +155,71 @@ pub enum Strategy {
     Synchronous,
     /// `inner_steps` alone, then one outer step on the merged deltas (arXiv 2311.08105).
     DiLoCo,
+    /// The same for each fragment in turn, coded, while the sites go on training (arXiv 2501.18512).
+    Streaming,
+}
+
+impl Strategy {
+    /// As `run.toml` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Synchronous => "synchronous",
+            Self::DiLoCo => "diloco",
+            Self::Streaming => "streaming",
+        }
+    }
+}
+
+/// How a fragment's values travel; `formats` says what each does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Codec {
+    /// As they are.
+    F32,
+    /// Rounded to 16 bits.
+    Bf16,
+    /// 8-bit integers in blocks with a scale.
+    Int8,
+    /// 4 bits, sign and exponent only, in blocks with a scale.
+    E3m0,
+    /// 4 bits in blocks of 32 with a shared exponent (OCP MX).
+    Mxfp4,
+    /// The 64 largest of each 4,096, in 2 bits each.
+    Sparse,
+}
+
+/// How deltas get from one site to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Exchange {
+    /// Whichever moves the fewest bytes over the busiest link; the coordinator says which and why.
+    Auto,
+    /// Every site fetches every delta from the site that made it.
+    Mesh,
+    /// Every site merges a part of the fragment for all.
+    Sharded,
 }
 
 /// `[sync]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SyncSection {
-    /// `synchronous` or `diloco`.
+    /// `synchronous`, `diloco` or `streaming`.
     pub strategy: Strategy,
-    /// H: inner steps in a round. `synchronous` always takes 1.
+    /// H: inner steps between two outer steps of the same parameters. `synchronous` always takes 1.
     pub inner_steps: u64,
+    /// P: parts of the parameters that are synchronised in turn, every H / P inner steps one. `streaming` only.
+    pub fragments: u32,
+    /// Inner steps that a site makes while a fragment travels; less than H. `streaming` only.
+    pub overlap_steps: u64,
+    /// How much of a fragment's local parameters the global ones replace when they arrive: 1 all, 0.5 half.
+    pub mixing: f64,
+    /// Whether what a site has learnt while a fragment travelled stays in its local parameters.
+    pub keep_overlapped: bool,
+    /// How deltas are coded: `f32`, `bf16`, `int8`, `e3m0`, `mxfp4` or `sparse`.
+    pub codec: Codec,
+    /// Part of what coding lost that is added to the next delta.
+    pub error_feedback: f64,
     /// Step size of the outer Nesterov momentum. Published for long runs: 0.7 (arXiv 2311.08105).
     pub outer_learning_rate: f64,
     /// Decay of the outer Nesterov momentum. Published for long runs: 0.9. Below some hundred rounds it costs more than it
@@ -171,8 +229,19 @@ pub struct SyncSection {
     pub sites: u32,
     /// Fixed shares of the batch by site id, for repeatable runs; empty means by measured speed.
     pub shares: Vec<f64>,
+    /// Part of the working sites whose deltas are enough to close a round, once the grace window has passed; 1 waits for all.
+    pub quorum: f64,
+    /// Longest grace window, seconds: what a round waits for late sites once a quorum has delivered. It adapts below that.
+    pub grace_seconds: f64,
     /// Longest a round may take beyond its expected time before a silent site is dropped, seconds.
     pub deadline_seconds: f64,
+    /// How deltas travel: `auto`, `mesh` or `sharded`.
+    pub exchange: Exchange,
+    /// Where deltas are left for others, if sites can only dial out: `s3://BUCKET/PREFIX` or `file:///FOLDER`. Empty: sites fetch
+    /// from one another.
+    pub store: String,
+    /// Whether H, fragments, overlap and codec follow the measured links. `streaming` only.
+    pub adaptive: bool,
 }
 
 impl Default for SyncSection {
@@ -180,11 +249,22 @@ impl Default for SyncSection {
         Self {
             strategy: Strategy::DiLoCo,
             inner_steps: 20,
+            fragments: 1,
+            overlap_steps: 0,
+            mixing: 1.0,
+            keep_overlapped: true,
+            codec: Codec::F32,
+            error_feedback: 1.0,
             outer_learning_rate: 1.0,
             outer_momentum: 0.0,
             sites: 1,
             shares: Vec::new(),
+            quorum: 1.0,
+            grace_seconds: 20.0,
             deadline_seconds: 60.0,
+            exchange: Exchange::Auto,
+            store: String::new(),
+            adaptive: false,
         }
     }
 }
@@ -319,12 +399,19 @@ impl RunConfig {
         ContentHash::of(fixed.to_toml().as_bytes())
     }
 
-    /// Inner steps in one round: `inner_steps`, or 1 where gradients are merged each step.
+    /// Inner steps in one round: H / P, or 1 where gradients are merged each step.
     pub fn steps_per_round(&self) -> u64 {
         match self.sync.strategy {
             Strategy::Synchronous => 1,
             Strategy::DiLoCo => self.sync.inner_steps,
+            Strategy::Streaming => self.sync.inner_steps / u64::from(self.sync.fragments),
         }
+    }
+
+    /// Rounds after which every inner step of the run is part of every parameter: those in which sites train, and one more for
+    /// each fragment but the last.
+    pub fn rounds_total(&self) -> u64 {
+        self.train.steps.div_ceil(self.steps_per_round()) + u64::from(self.sync.fragments) - 1
     }
 
     /// Checks ranges that the types cannot.
@@ -355,6 +442,7 @@ impl RunConfig {
             ("[train] warmup_steps", self.train.warmup_steps, 0, 1 << 40),
             ("[sync] inner_steps", self.sync.inner_steps, 1, 1 << 20),
             ("[sync] sites", u64::from(self.sync.sites), 1, 10_000),
+            ("[sync] fragments", u64::from(self.sync.fragments), 1, FRAGMENTS_MAX),
             ("[checkpoint] every_rounds", self.checkpoint.every_rounds, 1, 1 << 40),
             ("[checkpoint] keep", self.checkpoint.keep as u64, 2, 1 << 20),
             ("[evaluate] every_rounds", self.evaluate.every_rounds, 1, 1 << 40),
@@ -373,6 +461,10 @@ impl RunConfig {
             ("[train] gradient_clip_norm", self.train.gradient_clip_norm, 0.0, 1e9),
             ("[sync] outer_learning_rate", self.sync.outer_learning_rate, 0.0, 10.0),
             ("[sync] outer_momentum", self.sync.outer_momentum, 0.0, 0.999_999),
+            ("[sync] mixing", self.sync.mixing, 0.0, 1.0),
+            ("[sync] error_feedback", self.sync.error_feedback, 0.0, 1.0),
+            ("[sync] quorum", self.sync.quorum, 0.0, 1.0),
+            ("[sync] grace_seconds", self.sync.grace_seconds, 0.0, 1e6),
             ("[sync] deadline_seconds", self.sync.deadline_seconds, 0.1, 1e6),
         ];
         for (field, value, minimum, maximum) in reals {
@@ -380,7 +472,38 @@ impl RunConfig {
             check((minimum..=maximum).contains(&value), field, format!("{value} is outside {minimum}..={maximum}"))?;
         }
         let positive = |share: &f64| share.is_finite() && *share > 0.0;
-        check(self.sync.shares.iter().all(positive), "[sync] shares", "every share must be positive".to_owned())
+        check(self.sync.shares.iter().all(positive), "[sync] shares", "every share must be positive".to_owned())?;
+        self.validate_sync()
+    }
+
+    /// What the keys of `[sync]` must be to one another.
+    fn validate_sync(&self) -> Result<(), ConfigError> {
+        let SyncSection { strategy, inner_steps, fragments, overlap_steps, adaptive, .. } = self.sync;
+        let refuse = |field: &str, reason: String| Err(ConfigError::Value { field: format!("[sync] {field}"), reason });
+        if strategy != Strategy::Streaming {
+            let name = strategy.name();
+            return match () {
+                () if fragments != 1 => {
+                    refuse("fragments", format!("{fragments} needs strategy streaming, not {name}"))
+                }
+                () if overlap_steps != 0 => {
+                    refuse("overlap_steps", format!("{overlap_steps} needs strategy streaming, not {name}"))
+                }
+                () if adaptive => refuse("adaptive", format!("needs strategy streaming, not {name}")),
+                () => Ok(()),
+            };
+        }
+        if !inner_steps.is_multiple_of(u64::from(fragments)) {
+            let reason =
+                format!("{fragments} does not divide inner_steps = {inner_steps}: fragments start H / P steps apart");
+            return refuse("fragments", reason);
+        }
+        if overlap_steps >= inner_steps {
+            let reason =
+                format!("{overlap_steps} is not less than inner_steps = {inner_steps}: a fragment is in flight once");
+            return refuse("overlap_steps", reason);
+        }
+        Ok(())
     }
 }
 
@@ -473,6 +596,21 @@ mod tests {
         refuse(&|c| c.sync.shares = vec![1.0, -1.0]);
         refuse(&|c| c.model.num_key_value_heads = 3);
         refuse(&|c| c.data.sequence_length = 257);
+        refuse(&|c| c.sync.fragments = 2);
+        refuse(&|c| c.sync.overlap_steps = 1);
+        let streaming = |fragments, overlap_steps| {
+            move |c: &mut RunConfig| {
+                (c.sync.strategy, c.sync.inner_steps) = (Strategy::Streaming, 20);
+                (c.sync.fragments, c.sync.overlap_steps) = (fragments, overlap_steps);
+            }
+        };
+        refuse(&streaming(3, 0));
+        refuse(&streaming(0, 0));
+        refuse(&streaming(4, 20));
+        let mut changed = config();
+        streaming(4, 19)(&mut changed);
+        changed.validate().unwrap();
+        assert_eq!((changed.steps_per_round(), changed.rounds_total()), (5, 203));
     }
 
     #[test]

@@ -96,12 +96,73 @@ impl ParameterSchema {
     pub fn whole(&self) -> Fragment {
         Fragment { index: 0, ranges: std::iter::once(0..self.elements).collect() }
     }
+
+    /// `count` fragments that hold every parameter once. Layers are strided over them, layer l in fragment l mod `count`
+    /// (arXiv 2501.18512); what is in no layer, the embedding above all, goes to the smallest fragment, in canonical order.
+    pub fn fragments(&self, count: u32) -> Vec<Fragment> {
+        let mut ranges: Vec<Vec<Range<usize>>> = vec![Vec::new(); count.max(1) as usize];
+        let mut sizes = vec![0; ranges.len()];
+        let mut place = |index: usize, range: &Range<usize>| {
+            sizes[index] += range.len();
+            ranges[index].push(range.clone());
+            (0..sizes.len()).min_by_key(|index| sizes[*index]).unwrap_or(0)
+        };
+        let mut smallest = 0;
+        for parameter in &self.parameters {
+            if let Some(layer) = layer_of(&parameter.name) {
+                smallest = place(layer % count.max(1) as usize, &parameter.range);
+            }
+        }
+        for parameter in self.parameters.iter().filter(|parameter| layer_of(&parameter.name).is_none()) {
+            smallest = place(smallest, &parameter.range);
+        }
+        let fragment = |(index, ranges)| Fragment { index: index as u32, ranges: joined(ranges) };
+        ranges.into_iter().enumerate().map(fragment).collect()
+    }
+}
+
+/// The number of the layer that a parameter is in: the first number between the dots of its name.
+fn layer_of(name: &str) -> Option<usize> {
+    name.split('.').find_map(|part| part.parse().ok())
+}
+
+/// Disjoint ranges in ascending order, adjacent ones as one.
+fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    ranges.sort_by_key(|range| range.start);
+    let mut all: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        match all.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => all.push(range),
+        }
+    }
+    all
 }
 
 impl Fragment {
     /// Number of elements.
     pub fn elements(&self) -> usize {
         self.ranges.iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// Copies this fragment's elements of the flat vector `all` to `values`, in the order of its ranges.
+    pub fn gather(&self, all: &[f32], values: &mut [f32]) {
+        let mut rest = values;
+        for range in &self.ranges {
+            let (part, after) = rest.split_at_mut(range.len());
+            part.copy_from_slice(&all[range.clone()]);
+            rest = after;
+        }
+    }
+
+    /// Copies `values` to where this fragment's elements lie in the flat vector `all`.
+    pub fn scatter(&self, values: &[f32], all: &mut [f32]) {
+        let mut rest = values;
+        for range in &self.ranges {
+            let (part, after) = rest.split_at(range.len());
+            all[range.clone()].copy_from_slice(part);
+            rest = after;
+        }
     }
 }
 
@@ -136,5 +197,42 @@ mod tests {
             end = parameter.range.end;
         }
         assert_eq!(untied.whole().elements(), end);
+    }
+
+    #[test]
+    fn fragments_hold_every_parameter_once_and_are_strided() {
+        let deep = ModelShape { num_hidden_layers: 7, ..shape(false) };
+        let schema = ParameterSchema::llama(&deep);
+        for count in 1..=9 {
+            let fragments = schema.fragments(count);
+            assert_eq!(fragments.len(), count as usize);
+            let mut seen = vec![0; schema.elements()];
+            for range in fragments.iter().flat_map(|fragment| fragment.ranges.clone()) {
+                seen[range].iter_mut().for_each(|count| *count += 1);
+            }
+            assert!(seen.iter().all(|count| *count == 1), "{count} fragments");
+        }
+        let three = schema.fragments(3);
+        let layer = |l: usize| schema.find(&format!("model.layers.{l}.mlp.up_proj.weight")).unwrap().range.start;
+        for l in 0..7 {
+            assert!(three[l % 3].ranges.iter().any(|range| range.contains(&layer(l))), "layer {l}");
+        }
+        let (smallest, largest) =
+            (three.iter().map(Fragment::elements).min(), three.iter().map(Fragment::elements).max());
+        assert!(largest.unwrap() < smallest.unwrap() * 2, "{smallest:?} {largest:?}");
+        assert_eq!(schema.fragments(1), [schema.whole()]);
+    }
+
+    #[test]
+    fn a_fragment_comes_back_to_its_place() {
+        let schema = ParameterSchema::llama(&shape(true));
+        let all: Vec<f32> = (0..schema.elements()).map(|index| index as f32).collect();
+        let mut copy = vec![-1.0; all.len()];
+        for fragment in schema.fragments(2) {
+            let mut values = vec![0.0; fragment.elements()];
+            fragment.gather(&all, &mut values);
+            fragment.scatter(&values, &mut copy);
+        }
+        assert_eq!(copy, all);
     }
 }

@@ -7,7 +7,7 @@ use crate::files::{FilesError, RunFiles, Served};
 use crate::probes::{Probes, ReferenceSource};
 use crate::store::{Line, Store, StoreError};
 use base::{ContentHash, Hint, Round, SiteId};
-use rounds::coordinator::Note;
+use rounds::coordinator::{Lateness, Note};
 use rounds::{
     Command, Commit, Coordinator, Directive, Event as Input, LeaveReason, LedgerTotals, Peer, Settings, SiteDevice,
 };
@@ -183,7 +183,8 @@ struct Shell {
     links_made: u64,
     began: Instant,
     training_since: Option<Instant>,
-    unsettled: Option<(Commit, f64)>,
+    /// Commits that not all sites have confirmed, with the seconds that their rounds took.
+    unsettled: BTreeMap<Round, (Commit, f64)>,
     told: mpsc::Sender<Told>,
     inbox: mpsc::Receiver<Told>,
     tasks: JoinSet<()>,
@@ -207,7 +208,7 @@ impl Shell {
         secret: Secret,
         reporter: Reporter,
     ) -> Result<Self, ServeError> {
-        let mut settings = Settings::new(&files.config, files.parameters * size_of::<f32>() as u64);
+        let mut settings = Settings::new(&files.config);
         if let Some(rounds) = options.rounds_max {
             settings.steps_total = settings.steps_total.min(rounds * settings.steps_per_round);
         }
@@ -242,7 +243,7 @@ impl Shell {
             links_made: 0,
             began: Instant::now(),
             training_since: None,
-            unsettled: None,
+            unsettled: BTreeMap::new(),
             told,
             inbox,
             tasks: JoinSet::new(),
@@ -256,10 +257,7 @@ impl Shell {
 
     fn announce(&mut self) {
         let config = &self.files.config;
-        let strategy = match config.sync.strategy {
-            base::config::Strategy::Synchronous => "synchronous",
-            base::config::Strategy::DiLoCo => "diloco",
-        };
+        let strategy = config.sync.strategy.name();
         let step_tokens = (config.train.batch_samples * config.data.sequence_length) as u64;
         let resumed = self.coordinator.last().commit.round;
         self.emit(Event::RunStarted {
@@ -268,7 +266,7 @@ impl Shell {
             sites: config.sync.sites,
             parameters: self.files.parameters,
             tokens_planned: config.train.steps * step_tokens,
-            rounds_planned: config.train.steps.div_ceil(config.steps_per_round()),
+            rounds_planned: config.rounds_total(),
             engine: None,
             resumed_round: (resumed > Round(0)).then_some(resumed),
         });
@@ -489,7 +487,7 @@ impl Shell {
         match message {
             FromSite::Report(report) => self.decide(Input::Reported(site, report)),
             FromSite::Evaluated { round, nats_per_token, bits_per_byte, bigram_bits_per_byte, tokens } => {
-                let step = round.0 * self.files.config.steps_per_round();
+                let step = self.coordinator.step_of(round);
                 let numbers = [nats_per_token, bits_per_byte, bigram_bits_per_byte];
                 if numbers.iter().all(|number| number.is_finite()) {
                     self.emit(Event::Evaluated {
@@ -507,7 +505,7 @@ impl Shell {
                 self.emit(Event::DeltaFetched { round, from_site: from, bytes, seconds });
                 Ok(())
             }
-            FromSite::Pulse => Ok(()),
+            FromSite::Pulse => self.decide(Input::Heard(site)),
         }
     }
 
@@ -579,11 +577,15 @@ impl Shell {
                 loss_nats: contribution.loss_nats,
             }),
             Note::Committed { commit, seconds, totals } => {
-                self.unsettled = Some((commit, seconds));
+                self.unsettled.insert(commit.round, (commit, seconds));
                 let LedgerTotals { leased, committed, returned, lost, .. } = totals;
                 self.emit(Event::Ledger { leased, committed, returned, lost });
             }
-            Note::Agreed { state_hash, .. } => self.agreed(state_hash),
+            Note::Agreed { round, state_hash } => self.agreed(round, state_hash),
+            Note::Straggler { site, round, reason, waited_seconds } => {
+                let reason = describe_lateness(reason).to_owned();
+                self.emit(Event::Straggler { round, site, reason, waited_seconds });
+            }
             Note::Diverged { site, round, expected, found } => {
                 self.emit(Event::Diverged { round, site, hash_expected: expected, hash_found: found });
             }
@@ -608,8 +610,8 @@ impl Shell {
     }
 
     /// A commit is told to people once all sites hold the same state.
-    fn agreed(&mut self, state_hash: ContentHash) {
-        let Some((commit, seconds)) = self.unsettled.take() else { return };
+    fn agreed(&mut self, round: Round, state_hash: ContentHash) {
+        let Some((commit, seconds)) = self.unsettled.remove(&round) else { return };
         let tokens: u64 = commit.contributors.iter().map(|contributor| contributor.tokens).sum();
         let weigh = |contributor: &rounds::Contributor| Contributor {
             site: contributor.site,
@@ -634,7 +636,7 @@ impl Shell {
     fn summarise(&mut self) -> Summary {
         let last = self.coordinator.last();
         let (rounds, state_hash) = (last.commit.round, last.state_hash);
-        let steps = rounds.0 * self.files.config.steps_per_round();
+        let steps = last.commit.step;
         let summary = Summary {
             rounds,
             state_hash,
@@ -654,6 +656,14 @@ impl Shell {
             tokens: summary.tokens,
         });
         summary
+    }
+}
+
+fn describe_lateness(reason: Lateness) -> &'static str {
+    match reason {
+        Lateness::SlowCompute => "slow compute",
+        Lateness::SlowLink => "slow link",
+        Lateness::Silent => "silent",
     }
 }
 

@@ -124,6 +124,22 @@ impl Ledger {
         }
     }
 
+    /// Ends the leases of `site` in all rounds up to `round` with a commit: a delta holds what was learnt since the last one
+    /// that was merged.
+    pub fn commit_through(&mut self, round: Round, site: SiteId) {
+        for lease in self.rounds_leased(site).into_iter().filter(|leased| *leased <= round) {
+            self.commit(lease, site);
+        }
+    }
+
+    /// Rounds for which `site` has an open lease, ascending.
+    pub fn rounds_leased(&self, site: SiteId) -> Vec<Round> {
+        let mut rounds: Vec<Round> =
+            self.open.iter().filter(|lease| lease.site == site).map(|lease| lease.round).collect();
+        rounds.sort_unstable();
+        rounds
+    }
+
     /// Ends the lease of `site` in `round` without a commit: its ranges will be leased again, or are lost after
     /// too many attempts.
     pub fn give_back(&mut self, round: Round, site: SiteId) {

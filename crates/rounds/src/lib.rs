@@ -7,19 +7,23 @@
 //!
 //! Nothing here reads a clock, draws randomness or touches I/O: time is an argument.
 
+mod codec;
 pub mod coordinator;
 pub mod ledger;
 pub mod member;
 pub mod merge;
 pub mod outer;
 pub mod plan;
+pub mod schedule;
 pub mod shares;
 
+pub use codec::{check_delta, codec, encoded_bytes};
 pub use coordinator::{Command, Coordinator, Event, Settings};
 pub use ledger::{Ledger, LedgerTotals, SampleRange};
 pub use member::{Member, MemberCommand, MemberEvent};
 pub use merge::token_weighted_mean;
 pub use outer::{OuterOptimizer, OuterRule};
 pub use plan::{
-    Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan, SiteDevice,
+    Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan,
+    SiteDevice,
 };

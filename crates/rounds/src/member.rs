@@ -1,24 +1,37 @@
 //! A site's side of the protocol as a state machine: directives and local results in, commands out.
 //!
-//! It holds no tensor. The shell (`site`) trains, fetches, merges and hashes as told and reports back with events. The
-//! order of things is kept here: a commit is applied only when every contributor's delta is held and the engine is idle;
-//! directives that arrive while a commit is being applied wait; a directive of an older term is refused.
+//! It holds no tensor. The shell (`site`) trains, encodes, fetches, merges and applies as told and reports back with events. Two
+//! things go on side by side at a site, and the order inside each is kept here:
+//!
+//! - the *engine* trains the rounds it has a part in, one after the other, takes a snapshot at the end of each, and takes over merged
+//!   fragments at the points that the plan names ([`crate::schedule`]). It is told of work ahead, so that it never idles while there
+//!   is some, and is held back only at a point whose commit has not been merged here yet;
+//! - the *host* encodes snapshots, fetches the others' deltas, and merges commits in order: each when all its deltas are held and
+//!   the own snapshot of that round, which is taken against the state before it, has been encoded.
+//!
+//! A directive of an older term is refused.
 
 use crate::plan::{Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan};
 use base::{ContentHash, Round, SiteId, Term};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
 
-/// Directives that may wait while a commit is applied: one `Begin`, one `DeltaReady` a site, some `Peers`. The coordinator
-/// never sends more; a peer that does is refused.
-pub const BACKLOG_MAX: usize = 65_536;
+/// Commits that may wait to be merged, and plans that may wait for the engine. The coordinator never sends as many; a peer that does
+/// is refused.
+pub const WAITING_MAX: usize = 65_536;
 
 /// What happened at a site.
 #[derive(Debug, Clone, PartialEq)]
 pub enum MemberEvent {
     /// The coordinator said something.
     Directive(Directive),
-    /// The inner steps of the current plan are done and the delta is being served.
-    Trained(Contribution),
+    /// The snapshot of a round is encoded and being served.
+    Encoded {
+        /// Round of the plan.
+        round: Round,
+        /// What this site has to give.
+        contribution: Contribution,
+    },
     /// A delta is held and its hash is right.
     DeltaHeld {
         /// Round of the plan.
@@ -35,20 +48,18 @@ pub enum MemberEvent {
     },
     /// The state could not be fetched; what was held before is still there.
     StateUnavailable,
-    /// The commit has been applied.
-    Applied {
+    /// A commit is part of the global state.
+    Merged {
         /// Its round.
         round: Round,
         /// Hash of the state after it.
         state_hash: ContentHash,
     },
-    /// The engine failed or gave a number that is not finite.
-    EngineFailed,
     /// Somebody asked this process to stop.
     StopRequested,
 }
 
-/// What the shell must do, in this order.
+/// What the shell must do. Commands for the engine are done one after the other in this order, and so are those for the host.
 #[derive(Debug, Clone, PartialEq)]
 pub enum MemberCommand {
     /// Send to the coordinator.
@@ -64,24 +75,38 @@ pub enum MemberCommand {
         /// Who holds it.
         from: Vec<SiteId>,
     },
-    /// Run the inner steps of the assignment.
+    /// Engine: make some inner steps of the assignment.
     Train {
         /// The plan it is part of.
         plan: RoundPlan,
         /// This site's work.
         assignment: Assignment,
+        /// Which steps of it, from 0.
+        steps: Range<u64>,
     },
-    /// Stop training: its result is no longer wanted.
-    AbandonTraining,
-    /// Fetch a delta from the site that made it.
+    /// Engine: take a snapshot of the plan's fragment, to be encoded.
+    Snapshot {
+        /// The plan it is part of.
+        plan: RoundPlan,
+    },
+    /// Engine: take over the fragment that this commit merged.
+    Apply {
+        /// The commit's round.
+        round: Round,
+    },
+    /// Engine: forget all work that is not done; what was trained in rounds that are not committed is lost.
+    Abandon,
+    /// Fetch a delta from the site that made it, or from any other that holds it.
     FetchDelta {
         /// Round of the plan.
         round: Round,
+        /// Which fragment of how many.
+        fragment: crate::plan::FragmentPlan,
         /// What to fetch.
         contributor: Contributor,
     },
-    /// Merge and take the outer step.
-    Apply(Commit),
+    /// Host: merge and take the outer step.
+    Merge(Commit),
     /// Save everything and end the process well.
     Finish {
         /// Last committed round.
@@ -105,21 +130,34 @@ pub struct ProtocolError {
     pub term: Term,
 }
 
+/// How far the engine has been told to go in a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Start,
+    Middle,
+}
+
 /// A site of one run.
 #[derive(Debug, Clone)]
 pub struct Member {
     site: SiteId,
     tokens_per_second: f64,
     term: Term,
+    /// Last commit that is part of the global state here, and the state's hash.
     round: Round,
     state_hash: ContentHash,
-    plan: Option<RoundPlan>,
-    training: bool,
-    announced: BTreeMap<SiteId, Contributor>,
-    held: BTreeSet<SiteId>,
-    commit: Option<Commit>,
-    applying: bool,
-    backlog: VecDeque<Directive>,
+    /// Last commit that the engine has been told to take over.
+    applied: Round,
+    plans: BTreeMap<Round, RoundPlan>,
+    /// The round that the engine is told of next, and where in it.
+    next: (Round, Place),
+    encoded: BTreeSet<Round>,
+    announced: BTreeMap<(Round, SiteId), Contributor>,
+    held: BTreeSet<(Round, SiteId)>,
+    /// Ascending, without gaps, the next to be merged first.
+    commits: VecDeque<Commit>,
+    merging: bool,
+    finish: Option<(Round, ContentHash)>,
 }
 
 impl Member {
@@ -131,13 +169,15 @@ impl Member {
             term: Term(0),
             round,
             state_hash,
-            plan: None,
-            training: false,
+            applied: round,
+            plans: BTreeMap::new(),
+            next: (round.next(), Place::Start),
+            encoded: BTreeSet::new(),
             announced: BTreeMap::new(),
             held: BTreeSet::new(),
-            commit: None,
-            applying: false,
-            backlog: VecDeque::new(),
+            commits: VecDeque::new(),
+            merging: false,
+            finish: None,
         }
     }
 
@@ -146,7 +186,7 @@ impl Member {
         self.ready()
     }
 
-    /// Last committed round that is applied here.
+    /// Last committed round that is part of the global state here.
     pub fn round(&self) -> Round {
         self.round
     }
@@ -163,75 +203,96 @@ impl Member {
     pub fn handle(&mut self, event: MemberEvent) -> Result<Vec<MemberCommand>, ProtocolError> {
         let mut commands = Vec::new();
         match event {
-            MemberEvent::Directive(directive) if self.applying => self.postpone(directive)?,
             MemberEvent::Directive(directive) => self.follow(directive, &mut commands)?,
-            MemberEvent::Trained(contribution) => self.trained(contribution, &mut commands),
+            MemberEvent::Encoded { round, contribution } => self.encoded(round, contribution, &mut commands),
             MemberEvent::DeltaHeld { round, from } => self.delta_held(round, from, &mut commands),
             MemberEvent::StateHeld { round, state_hash } => {
-                (self.round, self.state_hash) = (round, state_hash);
-                self.forget_round();
+                self.start_over(round, state_hash);
                 commands.push(self.ready());
             }
             MemberEvent::StateUnavailable => commands.push(self.ready()),
-            MemberEvent::Applied { round, state_hash } => self.applied(round, state_hash, &mut commands)?,
-            MemberEvent::EngineFailed => Self::leave(LeaveReason::EngineFailed, &mut commands),
-            MemberEvent::StopRequested => Self::leave(LeaveReason::Stopped, &mut commands),
+            MemberEvent::Merged { round, state_hash } => self.merged(round, state_hash, &mut commands),
+            MemberEvent::StopRequested => {
+                let reason = LeaveReason::Stopped;
+                commands.push(MemberCommand::Report(Report::Leave { reason }));
+                commands.push(MemberCommand::Quit(reason));
+            }
         }
-        self.apply_when_possible(&mut commands);
+        self.merge_when_possible(&mut commands);
+        self.drive_engine(&mut commands);
+        self.finish_when_possible(&mut commands);
         Ok(commands)
-    }
-
-    fn leave(reason: LeaveReason, commands: &mut Vec<MemberCommand>) {
-        commands.push(MemberCommand::Report(Report::Leave { reason }));
-        commands.push(MemberCommand::Quit(reason));
     }
 
     fn refuse(&self, what: impl Into<String>) -> ProtocolError {
         ProtocolError { what: what.into(), round: self.round, term: self.term }
     }
 
-    fn postpone(&mut self, directive: Directive) -> Result<(), ProtocolError> {
-        if self.backlog.len() >= BACKLOG_MAX {
-            return Err(self.refuse(format!("more than {BACKLOG_MAX} directives during one commit")));
-        }
-        self.backlog.push_back(directive);
-        Ok(())
-    }
-
     fn follow(&mut self, directive: Directive, commands: &mut Vec<MemberCommand>) -> Result<(), ProtocolError> {
         match directive {
             Directive::Peers(peers) => commands.push(MemberCommand::Peers(peers)),
             Directive::FetchState { commit, state_hash, from } => {
-                self.stop_training(commands);
+                commands.push(MemberCommand::Abandon);
                 commands.push(MemberCommand::FetchState { commit, state_hash, from });
             }
             Directive::Begin(plan) => self.begin(plan, commands)?,
             Directive::DeltaReady { term, round, contributor } => {
-                let expected = self.plan.as_ref().is_some_and(|plan| plan.round == round && plan.term == term);
-                if expected && contributor.site != self.site {
-                    self.announced.insert(contributor.site, contributor);
-                    commands.push(MemberCommand::FetchDelta { round, contributor });
+                let plan = self.plans.get(&round).filter(|plan| plan.term == term);
+                if let Some(fragment) = plan.map(|plan| plan.fragment) {
+                    self.announce(round, fragment, contributor, commands);
                 }
             }
-            Directive::Commit(commit) => {
-                if commit.term < self.term {
-                    return Err(self.refuse(format!("a commit of the older term {}", commit.term)));
-                }
-                if commit.round != self.round.next() {
-                    return Err(self.refuse(format!("a commit of round {}", commit.round)));
-                }
-                let announced = |c: &Contributor| self.announced.get(&c.site).is_none_or(|announced| announced == c);
-                if let Some(other) = commit.contributors.iter().find(|contributor| !announced(contributor)) {
-                    return Err(self.refuse(format!("a commit with another delta of site {}", other.site)));
-                }
-                self.commit = Some(commit);
-            }
-            Directive::Finish { round, state_hash } => {
-                commands.push(MemberCommand::Finish { round, state_hash });
-                commands.push(MemberCommand::Report(Report::Leave { reason: LeaveReason::Finished }));
-            }
+            Directive::Commit(commit) => self.commit(commit, commands)?,
+            Directive::Finish { round, state_hash } => self.finish = Some((round, state_hash)),
             Directive::Dropped { reason } => commands.push(MemberCommand::Quit(reason)),
         }
+        Ok(())
+    }
+
+    /// Fetches a delta that is not held and not on its way. The own one is, unless this process did not make it.
+    fn announce(
+        &mut self,
+        round: Round,
+        fragment: crate::plan::FragmentPlan,
+        contributor: Contributor,
+        commands: &mut Vec<MemberCommand>,
+    ) {
+        let key = (round, contributor.site);
+        if contributor.site == self.site && self.works_in(round) {
+            return;
+        }
+        if self.announced.insert(key, contributor).is_none() {
+            commands.push(MemberCommand::FetchDelta { round, fragment, contributor });
+        }
+    }
+
+    fn works_in(&self, round: Round) -> bool {
+        self.assignment(round).is_some()
+    }
+
+    fn assignment(&self, round: Round) -> Option<&Assignment> {
+        self.plans.get(&round)?.assignments.iter().find(|assignment| assignment.site == self.site)
+    }
+
+    fn last_commit(&self) -> Round {
+        self.commits.back().map_or(self.round, |commit| commit.round)
+    }
+
+    fn commit(&mut self, commit: Commit, commands: &mut Vec<MemberCommand>) -> Result<(), ProtocolError> {
+        if commit.term < self.term {
+            return Err(self.refuse(format!("a commit of the older term {}", commit.term)));
+        }
+        if commit.round != self.last_commit().next() || self.commits.len() >= WAITING_MAX {
+            return Err(self.refuse(format!("a commit of round {}", commit.round)));
+        }
+        for contributor in &commit.contributors {
+            let announced = self.announced.get(&(commit.round, contributor.site));
+            if announced.is_some_and(|announced| announced != contributor) {
+                return Err(self.refuse(format!("a commit with another delta of site {}", contributor.site)));
+            }
+            self.announce(commit.round, commit.fragment, *contributor, commands);
+        }
+        self.commits.push_back(commit);
         Ok(())
     }
 
@@ -239,80 +300,133 @@ impl Member {
         if plan.term < self.term {
             return Err(self.refuse(format!("a plan of the older term {}", plan.term)));
         }
-        if plan.round != self.round.next() {
+        let newest = self.plans.keys().next_back().copied().unwrap_or(Round(0)).max(self.last_commit());
+        if plan.round <= self.last_commit() || plan.round > newest.next() || self.plans.len() >= WAITING_MAX {
             return Err(self.refuse(format!("a plan for round {}", plan.round)));
         }
-        self.stop_training(commands);
-        self.forget_round();
-        self.term = plan.term;
-        if let Some(assignment) = plan.assignments.iter().find(|assignment| assignment.site == self.site) {
-            self.training = true;
-            commands.push(MemberCommand::Train { plan: plan.clone(), assignment: assignment.clone() });
+        if self.plans.contains_key(&plan.round) {
+            self.abandon_from(plan.round, commands);
         }
-        self.plan = Some(plan);
+        self.term = plan.term;
+        self.plans.insert(plan.round, plan);
         Ok(())
     }
 
-    fn stop_training(&mut self, commands: &mut Vec<MemberCommand>) {
-        if std::mem::take(&mut self.training) {
-            commands.push(MemberCommand::AbandonTraining);
+    /// Rounds from this one on are planned anew.
+    fn abandon_from(&mut self, round: Round, commands: &mut Vec<MemberCommand>) {
+        self.plans.retain(|planned, _| *planned < round);
+        self.encoded.retain(|encoded| *encoded < round);
+        self.announced.retain(|(announced, _), _| *announced < round);
+        self.held.retain(|(held, _)| *held < round);
+        if self.next.0 > round || self.next == (round, Place::Middle) {
+            commands.push(MemberCommand::Abandon);
+        }
+        if self.next.0 >= round {
+            self.next = (round, Place::Start);
         }
     }
 
-    fn forget_round(&mut self) {
-        self.plan = None;
-        self.announced.clear();
-        self.held.clear();
-        self.commit = None;
+    /// A state has been fetched: whatever was going on is void.
+    fn start_over(&mut self, round: Round, state_hash: ContentHash) {
+        *self = Self { term: self.term, ..Self::new(self.site, round, state_hash, self.tokens_per_second) };
     }
 
-    fn trained(&mut self, contribution: Contribution, commands: &mut Vec<MemberCommand>) {
-        if !std::mem::take(&mut self.training) {
-            return;
-        }
-        if let Some(plan) = &self.plan {
-            self.held.insert(self.site);
-            commands.push(MemberCommand::Report(Report::Computed { round: plan.round, contribution }));
+    fn encoded(&mut self, round: Round, contribution: Contribution, commands: &mut Vec<MemberCommand>) {
+        if self.works_in(round) {
+            self.encoded.insert(round);
+            self.held.insert((round, self.site));
+            commands.push(MemberCommand::Report(Report::Computed { round, contribution }));
         }
     }
 
     fn delta_held(&mut self, round: Round, from: SiteId, commands: &mut Vec<MemberCommand>) {
-        if self.plan.as_ref().is_some_and(|plan| plan.round == round) && self.announced.contains_key(&from) {
-            self.held.insert(from);
+        if round > self.round && self.announced.contains_key(&(round, from)) {
+            self.held.insert((round, from));
             commands.push(MemberCommand::Report(Report::Holds { round, from }));
         }
     }
 
-    fn apply_when_possible(&mut self, commands: &mut Vec<MemberCommand>) {
-        let Some(commit) = &self.commit else { return };
-        let all_held = commit.contributors.iter().all(|contributor| self.held.contains(&contributor.site));
-        if self.applying || !all_held {
-            return;
+    fn merge_when_possible(&mut self, commands: &mut Vec<MemberCommand>) {
+        let Some(commit) = self.commits.front() else { return };
+        let round = commit.round;
+        let all_held = commit.contributors.iter().all(|contributor| self.held.contains(&(round, contributor.site)));
+        let own_taken = self.encoded.contains(&round) || !self.works_in(round);
+        if !self.merging && all_held && own_taken {
+            self.merging = true;
+            commands.push(MemberCommand::Merge(commit.clone()));
         }
-        let commit = commit.clone();
-        self.stop_training(commands);
-        self.commit = None;
-        self.applying = true;
-        commands.push(MemberCommand::Apply(commit));
     }
 
-    fn applied(
-        &mut self,
-        round: Round,
-        state_hash: ContentHash,
-        commands: &mut Vec<MemberCommand>,
-    ) -> Result<(), ProtocolError> {
-        self.applying = false;
-        (self.round, self.state_hash) = (round, state_hash);
-        self.forget_round();
-        commands.push(MemberCommand::Report(Report::Applied { round, state_hash }));
-        // A postponed directive may start the next commit, which postpones the rest again.
-        while !self.applying
-            && let Some(directive) = self.backlog.pop_front()
-        {
-            self.follow(directive, commands)?;
-            self.apply_when_possible(commands);
+    fn merged(&mut self, round: Round, state_hash: ContentHash, commands: &mut Vec<MemberCommand>) {
+        // Not so after `start_over`.
+        if !std::mem::take(&mut self.merging) || self.commits.pop_front().is_none() {
+            return;
         }
-        Ok(())
+        (self.round, self.state_hash) = (round, state_hash);
+        self.announced.retain(|(announced, _), _| *announced > round);
+        self.held.retain(|(held, _)| *held > round);
+        self.encoded.retain(|encoded| *encoded > round);
+        self.forget_plans();
+        commands.push(MemberCommand::Report(Report::Applied { round, state_hash }));
+    }
+
+    /// A plan is needed until the engine is through with it and its commit is merged.
+    fn forget_plans(&mut self) {
+        let (next, merged) = (self.next.0, self.round);
+        self.plans.retain(|round, _| *round >= next || *round > merged);
+    }
+
+    /// Tells the engine of all work that it can do without waiting for a commit.
+    fn drive_engine(&mut self, commands: &mut Vec<MemberCommand>) {
+        loop {
+            let (round, place) = self.next;
+            let Some(assignment) = self.assignment(round) else {
+                // Nothing to train: what is merged takes effect at once, before the next plan can come.
+                if !self.plans.contains_key(&round) && round > self.round {
+                    return self.apply_through(self.round, commands);
+                }
+                self.next = (round.next(), Place::Start);
+                self.forget_plans();
+                continue;
+            };
+            let (assignment, plan) = (assignment.clone(), self.plans[&round].clone());
+            let middle = plan.effects.after_own_steps(assignment.steps, plan.steps);
+            let (needed, steps) = match place {
+                Place::Start => (plan.effects.before, 0..middle),
+                Place::Middle => (plan.effects.during, middle..assignment.steps),
+            };
+            // What was committed before this site came is in its state.
+            self.apply_through(needed.min(self.round), commands);
+            if self.applied < needed {
+                return;
+            }
+            if !steps.is_empty() {
+                commands.push(MemberCommand::Train { plan: plan.clone(), assignment, steps });
+            }
+            self.next = match place {
+                Place::Start => (round, Place::Middle),
+                Place::Middle => {
+                    commands.push(MemberCommand::Snapshot { plan });
+                    (round.next(), Place::Start)
+                }
+            };
+            self.forget_plans();
+        }
+    }
+
+    fn apply_through(&mut self, round: Round, commands: &mut Vec<MemberCommand>) {
+        while self.applied < round {
+            self.applied = self.applied.next();
+            commands.push(MemberCommand::Apply { round: self.applied });
+        }
+    }
+
+    /// The end comes when everything that was committed is merged.
+    fn finish_when_possible(&mut self, commands: &mut Vec<MemberCommand>) {
+        let Some((round, state_hash)) = self.finish.filter(|(round, _)| *round <= self.round) else { return };
+        self.finish = None;
+        self.apply_through(self.round, commands);
+        commands.push(MemberCommand::Finish { round, state_hash });
+        commands.push(MemberCommand::Report(Report::Leave { reason: LeaveReason::Finished }));
     }
 }

@@ -1,33 +1,53 @@
 //! The merge: token-weighted mean of the contributors' deltas.
 //!
-//! D = sum_i (T_i / sum T) * q_i in f32, contributors in ascending order of site id, so that every site computes the
+//! D = sum_i (T_i / sum T) * decode(q_i) in f32, contributors in ascending order of site id, so that every site computes the
 //! same bits. The weight is rounded to f32 once; products and sums are separate roundings (Rust never contracts
 //! them into a fused multiply-add).
 
-/// Writes the token-weighted mean of `contributions` (tokens and delta, ascending by site id) to `merged`.
+use formats::{Codec, DecodeError};
+
+/// Writes the token-weighted mean of `contributions` (tokens and encoded delta, ascending by site id) to `merged`. Where nobody has
+/// trained, the mean is zero.
 ///
-/// All deltas are as long as `merged`, and at least one contribution has tokens.
-pub fn token_weighted_mean(contributions: &[(u64, &[f32])], merged: &mut [f32]) {
+/// # Errors
+/// A delta that is no encoding of as many values as `merged` has.
+pub fn token_weighted_mean(
+    codec: &dyn Codec,
+    contributions: &[(u64, &[u8])],
+    merged: &mut [f32],
+) -> Result<(), DecodeError> {
     let tokens_total: u64 = contributions.iter().map(|(tokens, _)| tokens).sum();
-    assert!(tokens_total > 0, "a merge needs trained tokens");
     merged.fill(0.0);
     for (tokens, delta) in contributions {
-        assert_eq!(delta.len(), merged.len(), "a delta is as long as its fragment");
-        let weight = (*tokens as f64 / tokens_total as f64) as f32;
-        for (sum, value) in merged.iter_mut().zip(*delta) {
-            *sum += weight * value;
-        }
+        let weight = if tokens_total == 0 { 0.0 } else { (*tokens as f64 / tokens_total as f64) as f32 };
+        codec.accumulate(delta, weight, merged)?;
     }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use formats::CodecKind;
+
+    fn encoded(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    }
 
     #[test]
     fn weights_are_tokens() {
+        let deltas = [[8.0, 0.0], [0.0, 8.0], [0.0, 16.0]].map(|delta| encoded(&delta));
+        let contributions = [(100, &deltas[0][..]), (200, &deltas[1][..]), (500, &deltas[2][..])];
         let mut merged = [0.0; 2];
-        token_weighted_mean(&[(100, &[8.0, 0.0]), (200, &[0.0, 8.0]), (500, &[0.0, 16.0])], &mut merged);
+        token_weighted_mean(CodecKind::F32.codec(), &contributions, &mut merged).unwrap();
         assert_eq!(merged, [1.0, 12.0]);
+        token_weighted_mean(CodecKind::F32.codec(), &[(0, &deltas[0])], &mut merged).unwrap();
+        assert_eq!(merged, [0.0; 2], "nobody has trained");
+    }
+
+    #[test]
+    fn another_models_delta_is_refused() {
+        let delta = encoded(&[1.0, 2.0, 3.0]);
+        token_weighted_mean(CodecKind::F32.codec(), &[(1, &delta)], &mut [0.0; 2]).unwrap_err();
     }
 }

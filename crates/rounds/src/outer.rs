@@ -10,7 +10,7 @@
 //! `torch.optim.AdamW` defines it, or plain SGD), after clipping by the global norm.
 
 use base::config::{InnerOptimizer, Strategy, SyncSection, TrainSection};
-use base::{ParameterSchema, RunConfig};
+use base::{Fragment, ParameterSchema, RunConfig};
 use std::ops::Range;
 
 /// What the outer step does with the merged delta.
@@ -40,7 +40,9 @@ impl OuterOptimizer {
     pub fn new(config: &RunConfig, schema: &ParameterSchema) -> Self {
         let SyncSection { outer_learning_rate, outer_momentum, .. } = config.sync;
         let rule = match config.sync.strategy {
-            Strategy::DiLoCo => OuterRule::Nesterov { learning_rate: outer_learning_rate, momentum: outer_momentum },
+            Strategy::DiLoCo | Strategy::Streaming => {
+                OuterRule::Nesterov { learning_rate: outer_learning_rate, momentum: outer_momentum }
+            }
             Strategy::Synchronous => OuterRule::Gradient(config.train.clone()),
         };
         let matrices = schema.parameters().iter().filter(|parameter| parameter.shape.len() >= 2);
@@ -74,14 +76,23 @@ impl OuterOptimizer {
         &mut self.buffers
     }
 
-    /// Applies `merged` to `global`. `steps_before` counts the outer steps already taken: it places the step in the
+    /// Applies `merged`, the merge of `fragment`, to the whole `global`. `steps_before` counts the outer steps already taken: it places the step in the
     /// learning-rate schedule and in AdamW's bias correction. `merged` is scratch: clipping scales it in place.
-    pub fn step(&mut self, steps_before: u64, global: &mut [f32], merged: &mut [f32]) {
+    pub fn step(&mut self, steps_before: u64, fragment: &Fragment, global: &mut [f32], merged: &mut [f32]) {
+        assert_eq!(merged.len(), fragment.elements(), "a merge is as long as its fragment");
         match &self.rule {
             OuterRule::Nesterov { learning_rate, momentum } => {
-                nesterov(global, merged, &mut self.buffers[0], *learning_rate as f32, *momentum as f32);
+                let (learning_rate, momentum) = (*learning_rate as f32, *momentum as f32);
+                let mut rest = &*merged;
+                for range in &fragment.ranges {
+                    let (part, after) = rest.split_at(range.len());
+                    let (global, buffer) = (&mut global[range.clone()], &mut self.buffers[0][range.clone()]);
+                    nesterov(global, part, buffer, learning_rate, momentum);
+                    rest = after;
+                }
             }
             OuterRule::Gradient(train) => {
+                assert_eq!(merged.len(), global.len(), "gradients are merged whole");
                 clip(merged, train.gradient_clip_norm);
                 let learning_rate = train.learning_rate_at(steps_before);
                 match train.optimizer {

@@ -1,7 +1,9 @@
 //! What the coordinator and the sites say to each other, as plain data. `wire` gives it bytes.
 
 use crate::ledger::SampleRange;
+use crate::schedule::Effects;
 use crate::shares::step_samples;
+use base::config::Codec;
 use base::{ContentHash, Round, SiteId, Term};
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +42,17 @@ impl Assignment {
     }
 }
 
+/// What a round synchronises, and how it is coded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FragmentPlan {
+    /// Which fragment.
+    pub index: u32,
+    /// Of how many.
+    pub count: u32,
+    /// How its deltas are coded.
+    pub codec: Codec,
+}
+
 /// A round as it begins.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RoundPlan {
@@ -49,6 +62,12 @@ pub struct RoundPlan {
     pub round: Round,
     /// Inner steps of the run before this round: the place in the learning-rate schedule.
     pub first_step: u64,
+    /// Inner steps of a site that has its full share; none in the rounds at the end of a run that only synchronise.
+    pub steps: u64,
+    /// What is synchronised at its end.
+    pub fragment: FragmentPlan,
+    /// Which earlier commits take effect in it.
+    pub effects: Effects,
     /// Work, ascending by site. A site that is not listed only follows.
     pub assignments: Vec<Assignment>,
 }
@@ -73,7 +92,7 @@ pub struct Contribution {
 pub struct Contributor {
     /// Who.
     pub site: SiteId,
-    /// Its weight in the merge.
+    /// Its weight in the merge: what it trained on since its last delta of this fragment that was merged.
     pub tokens: u64,
     /// What must be merged.
     pub delta_hash: ContentHash,
@@ -88,10 +107,24 @@ pub struct Commit {
     pub term: Term,
     /// The round.
     pub round: Round,
+    /// What is merged.
+    pub fragment: FragmentPlan,
     /// Ascending by site id: the order of the merge.
     pub contributors: Vec<Contributor>,
     /// The ledger's cursor after the round.
     pub cursor: u64,
+    /// Inner steps of the run up to the end of the round.
+    pub step: u64,
+    /// Samples of the run whose training is part of the model.
+    pub samples: u64,
+}
+
+impl Commit {
+    /// Round 0: the state that every run begins with.
+    pub fn initial() -> Self {
+        let fragment = FragmentPlan { index: 0, count: 1, codec: Codec::F32 };
+        Self { term: Term(0), round: Round(0), fragment, contributors: Vec::new(), cursor: 0, step: 0, samples: 0 }
+    }
 }
 
 /// From the coordinator to a site.

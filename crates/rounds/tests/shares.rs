@@ -2,8 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helper may panic")]
 
+use base::config::SyncSection;
 use base::random::Random;
-use base::{ContentHash, Round, SiteId};
+use base::{ContentHash, ParameterSchema, Round, SiteId};
 use rounds::coordinator::Note;
 use rounds::plan::{Contribution, Directive, Peer, Report};
 use rounds::{Command, Coordinator, Event, RoundPlan, Settings};
@@ -29,9 +30,8 @@ impl Lockstep {
             sequence_length: SEQUENCE_LENGTH,
             steps_per_round: STEPS,
             steps_total: STEPS * 1_000,
-            shares: Vec::new(),
-            deadline_seconds: 60.0,
-            delta_bytes: 4,
+            sync: SyncSection { inner_steps: STEPS, ..SyncSection::default() },
+            schema: ParameterSchema::new([("weight".to_owned(), vec![1])]),
         };
         let (coordinator, _) = Coordinator::recover(settings, STATE, []);
         let mut lockstep = Self { coordinator, sites: measured_at_join.len() as u32, plan: None, moves: 0 };

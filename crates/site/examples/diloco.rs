@@ -9,9 +9,10 @@ use base::{RunConfig, SiteId, Term};
 use engine::PrecisionChoice;
 use engine_burn::BurnEngine;
 use rounds::shares::portions;
-use rounds::{Assignment, Commit, Contributor, Ledger, RoundPlan};
-use site::{GlobalState, RunFolder, Trainer, TrainingState};
+use rounds::{Assignment, Commit, Contributor, FragmentPlan, Ledger, RoundPlan, schedule};
+use site::{Merger, Progress, RunFolder, Trainer, TrainingState};
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, RwLock};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -25,18 +26,27 @@ fn main() -> Result<(), Failure> {
             BurnEngine::new(&config.model, &config.train, "flex", PrecisionChoice::Auto, &state.inner.parameters)?;
         Ok(Trainer::new(&folder, &config, Box::new(engine), 1.0)?)
     };
-    let mut trainers = (0..config.sync.sites).map(|_| trainer()).collect::<Result<Vec<_>, _>>()?;
-    let (mut global, mut ledger) = (state.global, Ledger::default());
+    let mut sites = Vec::new();
+    for site in (0..config.sync.sites).map(SiteId) {
+        let merger = Merger::new(site, &config, Arc::new(RwLock::new(state.global.clone())));
+        sites.push(Site { trainer: trainer()?, merger });
+    }
+    let mut ledger = Ledger::default();
     let rounds_total = config.train.steps.div_ceil(config.steps_per_round());
-    print_validation(&mut trainers[0], 0)?;
+    print_validation(&mut sites[0].trainer, 0)?;
     for round in 1..=rounds_total {
         let plan = plan(&config, &mut ledger, round);
-        run_round(&mut trainers, &plan, &mut ledger, &mut global)?;
+        run_round(&mut sites, &plan, &mut ledger)?;
         if round.is_multiple_of(config.evaluate.every_rounds) || round == rounds_total {
-            print_validation(&mut trainers[0], (round * config.steps_per_round()).min(config.train.steps))?;
+            print_validation(&mut sites[0].trainer, (round * config.steps_per_round()).min(config.train.steps))?;
         }
     }
     Ok(())
+}
+
+struct Site {
+    trainer: Trainer,
+    merger: Merger,
 }
 
 fn print_validation(trainer: &mut Trainer, step: u64) -> Result<(), Failure> {
@@ -60,32 +70,37 @@ fn plan(config: &RunConfig, ledger: &mut Ledger, round: u64) -> RoundPlan {
         lease: ledger.lease(round, site, portion.samples),
         share,
     });
-    RoundPlan { term: Term(1), round, first_step, assignments: assignments.collect() }
+    let fragment = FragmentPlan { index: 0, count: 1, codec: config.sync.codec };
+    let effects = schedule::effects(round, steps, 0);
+    RoundPlan { term: Term(1), round, first_step, steps, fragment, effects, assignments: assignments.collect() }
 }
 
-fn run_round(
-    trainers: &mut [Trainer],
-    plan: &RoundPlan,
-    ledger: &mut Ledger,
-    global: &mut GlobalState,
-) -> Result<(), Failure> {
+fn run_round(sites: &mut [Site], plan: &RoundPlan, ledger: &mut Ledger) -> Result<(), Failure> {
     let never = AtomicBool::new(false);
     let (mut contributors, mut deltas) = (Vec::new(), Vec::new());
-    for (trainer, assignment) in trainers.iter_mut().zip(&plan.assignments) {
-        let trained = trainer
-            .train(plan, assignment, &global.parameters, &never, &mut |_| {})?
-            .ok_or("nobody abandons a round")?;
+    for (Site { trainer, merger }, assignment) in sites.iter_mut().zip(&plan.assignments) {
+        let (mut progress, steps) = (Progress::default(), 0..assignment.steps);
+        trainer.train((plan, assignment), steps, &mut progress, &never, &mut |_| {})?;
+        let local = trainer.snapshot(&trainer.schema().whole(), &mut progress)?;
+        let delta = merger.encode(plan.round, plan.fragment, &local).map_err(|error| format!("{error:?}"))?;
         ledger.commit(plan.round, assignment.site);
-        let (delta_hash, delta_bytes) = (base::ContentHash::default(), 0);
-        contributors.push(Contributor { site: assignment.site, tokens: trained.tokens, delta_hash, delta_bytes });
-        deltas.push((trained.tokens, trained.delta));
+        let (delta_hash, delta_bytes) = (base::ContentHash::default(), delta.len() as u64);
+        let tokens = progress.loss.tokens;
+        contributors.push(Contributor { site: assignment.site, tokens, delta_hash, delta_bytes });
+        deltas.push(delta);
     }
-    let commit = Commit { term: plan.term, round: plan.round, contributors, cursor: ledger.cursor() };
-    let deltas: Vec<(u64, &[f32])> = deltas.iter().map(|(tokens, delta)| (*tokens, delta.as_slice())).collect();
-    let before = global.clone();
-    for trainer in trainers {
-        *global = before.clone();
-        trainer.apply(&commit, &deltas, global)?;
+    let commit = Commit {
+        term: plan.term,
+        round: plan.round,
+        fragment: plan.fragment,
+        contributors,
+        cursor: ledger.cursor(),
+        step: plan.first_step + plan.steps,
+        samples: ledger.totals().committed,
+    };
+    for Site { trainer, merger } in sites {
+        let merged = merger.merge(&commit, &deltas)?;
+        trainer.take_over(&trainer.schema().whole(), &merged.values, None)?;
     }
     Ok(())
 }

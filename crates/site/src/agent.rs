@@ -3,17 +3,22 @@
 //! A loop over what can happen (a directive, a result of the engine, a fetched delta, a visitor, a signal) feeds the
 //! pure [`Member`] and does what it says. Nothing in the loop waits: the engine has its own thread, transfers are tasks.
 
-use crate::exchange::{SharedState, Shelf, decode_delta};
+use crate::exchange::Shelf;
 use crate::folder::{FolderError, RunFolder};
+use crate::host::{self, HostJob};
 use crate::join::{JoinError, conversation, fetch_run, greet};
-use crate::state::TrainingState;
+use crate::merger::{Fragments, Merged, Merger};
+use crate::state::{SharedState, TrainingState};
 use crate::trainer::{TrainError, Trainer};
 use crate::watchdog::{Call, EngineWatch, Hang, HangBounds};
-use crate::worker::{Done, Job, Worker};
+use crate::worker::{Done, Job, Local, Worker};
 use base::{ContentHash, Hint, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use engine::{DeviceInfo, Engine, EngineError, Interrupter};
-use rounds::{Commit, Contributor, Directive, LeaveReason, Member, MemberCommand, MemberEvent, Report, SiteDevice};
+use rounds::{
+    Commit, Contributor, Directive, FragmentPlan, LeaveReason, Member, MemberCommand, MemberEvent, Report, Settings,
+    SiteDevice,
+};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -23,10 +28,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use telemetry::{Event, Reporter};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use wire::message::{FromCoordinator, FromSite, SiteHello};
 use wire::{
-    BlobClient, BlobKey, BlobRequest, Holder, Identity, IdentityError, Incoming, Invite, ListenError, Listener,
+    Blob, BlobClient, BlobKey, BlobRequest, Holder, Identity, IdentityError, Incoming, Invite, ListenError, Listener,
     ListenerEvent, Purpose, Sender, Traffic,
 };
 
@@ -243,9 +248,9 @@ pub async fn join(
     let Ok(prepared) = prepared else {
         return Err(start_hangs(&mut sender, options.engine).await);
     };
-    let worker = prepared.map_err(|_| AgentError::Internal)??;
+    let (worker, host_jobs) = prepared.map_err(|_| AgentError::Internal)??;
     let first = welcome.site == SiteId(0) && worker.saved.commit.round == Round(0);
-    let agent = Agent::new(worker, config, client, sender, traffic, reporter, &options);
+    let agent = Agent::new((worker, host_jobs), config, client, sender, traffic, reporter, &options);
     agent.job(Job::Prepare {
         samples_per_step: agent.config.train.batch_samples.div_ceil(agent.config.sync.sites as usize) as u64,
         seconds: options.measure_seconds,
@@ -283,7 +288,7 @@ fn prepare(
     slowdown: f64,
     site: SiteId,
     reporter: Arc<Mutex<Reporter>>,
-) -> Result<Worker, AgentError> {
+) -> Result<(Worker, HostJobs), AgentError> {
     let (state, skipped) = folder.newest(&config)?;
     for skipped in skipped {
         let path = skipped.path.display().to_string();
@@ -294,7 +299,9 @@ fn prepare(
     engine.restore(&state.inner).map_err(TrainError::from)?;
     let trainer = Trainer::new(&folder, &config, engine, slowdown)?;
     let saved_round = Some(state.saved.commit.round);
-    Ok(Worker {
+    let (host, host_jobs) = std::sync::mpsc::channel();
+    let local = Local::new(&config);
+    let worker = Worker {
         folder,
         config,
         trainer,
@@ -302,12 +309,18 @@ fn prepare(
         state: Arc::new(RwLock::new(state.global)),
         saved: state.saved,
         reporter,
+        host,
+        local,
         evaluated: None,
         saved_round,
         restarts: 0,
         given_up: Arc::default(),
-    })
+    };
+    Ok((worker, host_jobs))
 }
+
+/// What the host's thread takes its jobs from.
+type HostJobs = std::sync::mpsc::Receiver<HostJob>;
 
 /// What the receiving task hands to the loop.
 type Received = Result<Directive, JoinError>;
@@ -329,7 +342,7 @@ async fn receive(mut receiver: wire::Receiver, address: String, directives: mpsc
 
 /// A transfer that ended.
 enum Fetched {
-    Delta { round: Round, contributor: Contributor, bytes: Bytes, seconds: f64 },
+    Delta { round: Round, fragment: FragmentPlan, contributor: Contributor, bytes: Bytes, seconds: f64 },
     State { commit: Commit, bytes: Vec<u8> },
     StateFailed { reason: String },
 }
@@ -369,18 +382,23 @@ struct Agent {
     held: (Round, ContentHash),
     shelf: Arc<Shelf>,
     jobs: std::sync::mpsc::Sender<Job>,
+    host: std::sync::mpsc::Sender<HostJob>,
     done: mpsc::Receiver<Done>,
     client: BlobClient,
     sender: Sender,
     traffic: Traffic,
     reporter: Arc<Mutex<Reporter>>,
-    /// Deltas of the current round, by site, the own one among them.
-    deltas: BTreeMap<SiteId, Bytes>,
+    /// Deltas of rounds that are not merged, the own ones among them.
+    deltas: BTreeMap<(Round, SiteId), Bytes>,
+    /// Merged rounds that the engine has not been told of.
+    merged: BTreeMap<Round, Merged>,
     abandon: Arc<AtomicBool>,
     transfers: JoinSet<Fetched>,
-    fetching_round: Round,
+    /// Deltas that are on their way here.
+    fetching: BTreeMap<(Round, SiteId), AbortHandle>,
     visitors: JoinSet<()>,
-    delta_bytes: u64,
+    settings: Settings,
+    fragments: Fragments,
     state_bytes: u64,
     /// Reports that wait for the last save, and how the loop ends then.
     ending: Option<Ending>,
@@ -393,7 +411,7 @@ struct Ending {
 
 impl Agent {
     fn new(
-        mut worker: Worker,
+        (mut worker, host_jobs): (Worker, HostJobs),
         config: RunConfig,
         client: BlobClient,
         sender: Sender,
@@ -406,13 +424,17 @@ impl Agent {
         let (site, saved) = (worker.site, worker.saved.clone());
         let state: SharedState = Arc::clone(&worker.state);
         let engine = EngineHandle::new(&mut worker, options.hang);
-        let (delta_bytes, state_bytes) = {
-            let state = state.read().unwrap_or_else(PoisonError::into_inner);
-            ((state.parameters.len() * size_of::<f32>()) as u64, state.encoded_bytes())
-        };
-        let name = format!("engine {}", options.engine);
-        let thread = std::thread::Builder::new().name(name);
+        let state_bytes = state.read().unwrap_or_else(PoisonError::into_inner).encoded_bytes();
+        let settings = Settings::new(&config);
+        let fragments = Fragments::new(settings.schema.clone());
+        let host = worker.host.clone();
+        let merger = Merger::new(site, &config, Arc::clone(&state));
+        let host_done = done_in.clone();
         // A thread that cannot start shows as a closed channel.
+        let thread = std::thread::Builder::new().name("host".to_owned());
+        let _running =
+            thread.spawn(move || host::run(merger, &host_jobs, |done| host_done.blocking_send(done).is_ok()));
+        let thread = std::thread::Builder::new().name(format!("engine {}", options.engine));
         let _running = thread.spawn(move || worker.run(&job_queue, |done| done_in.blocking_send(done).is_ok()));
         Self {
             engine,
@@ -422,17 +444,20 @@ impl Agent {
             held: (saved.commit.round, saved.state_hash),
             shelf: Arc::new(Shelf::new(site, state)),
             jobs,
+            host,
             done,
             client,
             sender,
             traffic,
             reporter,
             deltas: BTreeMap::new(),
+            merged: BTreeMap::new(),
             abandon: Arc::default(),
             transfers: JoinSet::new(),
-            fetching_round: saved.commit.round,
+            fetching: BTreeMap::new(),
             visitors: JoinSet::new(),
-            delta_bytes,
+            settings,
+            fragments,
             state_bytes,
             ending: None,
         }
@@ -441,6 +466,11 @@ impl Agent {
     fn job(&self, job: Job) {
         // A thread that is gone is noticed where its results are awaited.
         let _gone = self.jobs.send(job);
+    }
+
+    fn host_job(&self, job: HostJob) {
+        // The same.
+        let _gone = self.host.send(job);
     }
 
     fn emit(&self, event: Event) {
@@ -474,6 +504,7 @@ impl Agent {
                     None => return Err(AgentError::Internal),
                 },
                 Some(fetched) = self.transfers.join_next() => {
+                    // One that is not wanted any more was aborted.
                     if let Ok(fetched) = fetched {
                         self.fetched(fetched).await?;
                     }
@@ -581,68 +612,94 @@ impl Agent {
             },
             MemberCommand::Peers(peers) => self.shelf.set_peers(peers),
             MemberCommand::FetchState { commit, state_hash, from } => self.fetch_state(commit, state_hash, &from),
-            MemberCommand::Train { plan, assignment } => {
-                self.deltas.clear();
-                self.abandon = Arc::default();
-                self.job(Job::Train { plan, assignment, abandon: Arc::clone(&self.abandon) });
+            MemberCommand::Train { plan, assignment, steps } => {
+                self.job(Job::Train { plan, assignment, steps, abandon: Arc::clone(&self.abandon) });
             }
-            MemberCommand::AbandonTraining => self.abandon.store(true, Ordering::Relaxed),
-            MemberCommand::FetchDelta { round, contributor } => self.fetch_delta(round, contributor),
-            MemberCommand::Apply(commit) => self.apply(commit),
+            MemberCommand::Snapshot { plan } => {
+                self.job(Job::Snapshot { plan, abandon: Arc::clone(&self.abandon) });
+            }
+            MemberCommand::Apply { round } => {
+                let evaluate = self.shelf.is_first();
+                // The member has been told that it is merged, and asks for it once.
+                if let Some(merged) = self.merged.remove(&round) {
+                    self.job(Job::Apply { merged, evaluate });
+                }
+            }
+            MemberCommand::Abandon => {
+                self.abandon.store(true, Ordering::Relaxed);
+                self.abandon = Arc::default();
+                self.host_job(HostJob::Withdraw);
+                self.job(Job::StartOver);
+            }
+            MemberCommand::FetchDelta { round, fragment, contributor } => {
+                self.fetch_delta(round, fragment, contributor);
+            }
+            MemberCommand::Merge(commit) => self.merge(commit),
             MemberCommand::Finish { .. } => self.end(Ok(true)),
             MemberCommand::Quit(LeaveReason::Stopped | LeaveReason::Finished) => self.end(Ok(false)),
             MemberCommand::Quit(reason) => self.end(Err(AgentError::Dropped(reason))),
         }
     }
 
-    fn apply(&mut self, commit: Commit) {
-        let mut deltas = Vec::with_capacity(commit.contributors.len());
-        for contributor in &commit.contributors {
-            let decoded = self.deltas.get(&contributor.site).and_then(|bytes| decode_delta(bytes));
-            // The member applies only what was held, and what is held was decoded once before.
-            let Some(delta) = decoded else { return self.end(Err(AgentError::Internal)) };
-            deltas.push((contributor.tokens, delta));
-        }
-        self.deltas.clear();
-        // A delta that is not part of the commit is not wanted any more.
-        self.transfers.abort_all();
-        let evaluate = self.shelf.is_first();
-        self.job(Job::Apply { commit, deltas, evaluate });
+    fn merge(&mut self, commit: Commit) {
+        let deltas: Option<Vec<Bytes>> = commit
+            .contributors
+            .iter()
+            .map(|contributor| self.deltas.get(&(commit.round, contributor.site)).cloned())
+            .collect();
+        // The member merges only what is held.
+        let Some(deltas) = deltas else { return self.end(Err(AgentError::Internal)) };
+        self.host_job(HostJob::Merge { commit, deltas });
     }
 
-    fn fetch_delta(&mut self, round: Round, contributor: Contributor) {
-        if std::mem::replace(&mut self.fetching_round, round) != round {
-            // What is left of a round that was given up.
-            self.transfers.abort_all();
+    /// What is not wanted any more after the commit of `round`.
+    fn forget_through(&mut self, round: Round, fragment: FragmentPlan) {
+        self.deltas.retain(|(held, _), _| *held > round);
+        for transfer in self.fetching.extract_if(.., |(fetched, _), _| *fetched <= round) {
+            transfer.1.abort();
         }
-        let holders = self.shelf.holders(&[contributor.site]);
-        let request = BlobRequest {
-            key: BlobKey::Delta { round, fragment: 0, site: contributor.site },
-            bytes: contributor.delta_bytes,
-            bytes_max: self.delta_bytes,
-            hash: contributor.delta_hash,
-            holders,
-            streams: BULK_STREAMS,
-        };
-        let client = self.client.clone();
-        let reporter = Arc::clone(&self.reporter);
-        self.transfers.spawn(async move {
+        let kept = self.settings.rounds_kept(self.settings.delta_bytes(fragment), self.shelf.sites());
+        self.shelf.forget_before(Round(round.0.saturating_sub(kept)));
+    }
+
+    fn fetch_delta(&mut self, round: Round, fragment: FragmentPlan, contributor: Contributor) {
+        let key = BlobKey::Delta { round, fragment: fragment.index, site: contributor.site };
+        let elements = self.fragments.of(fragment).elements();
+        let bytes_max = rounds::encoded_bytes(fragment.codec, elements as u64);
+        let (client, shelf) = (self.client.clone(), Arc::clone(&self.shelf));
+        let (reporter, site) = (Arc::clone(&self.reporter), self.site);
+        let fetch = async move {
             let began = Instant::now();
+            let mut holders = shelf.holders(&[contributor.site]);
             loop {
+                let request = BlobRequest {
+                    key: key.clone(),
+                    bytes: contributor.delta_bytes,
+                    bytes_max,
+                    hash: contributor.delta_hash,
+                    holders,
+                    streams: BULK_STREAMS,
+                };
                 let problem = match client.fetch(&request).await {
-                    Ok(bytes) if decode_delta(&bytes).is_some() => {
-                        let seconds = began.elapsed().as_secs_f64();
-                        return Fetched::Delta { round, contributor, bytes: bytes.into(), seconds };
-                    }
-                    Ok(_) => "it holds values that are not finite".to_owned(),
+                    Ok(bytes) => match rounds::check_delta(fragment.codec, elements, &bytes) {
+                        Ok(()) => {
+                            let seconds = began.elapsed().as_secs_f64();
+                            return Fetched::Delta { round, fragment, contributor, bytes: bytes.into(), seconds };
+                        }
+                        Err(error) => error.to_string(),
+                    },
                     Err(error) => error.to_string(),
                 };
                 let message = format!("the delta of site {}, round {round}: {problem}", contributor.site);
                 let hint = "see that the sites reach each other: their addresses are in `beringia status`".to_owned();
                 reporter.lock().unwrap_or_else(PoisonError::into_inner).warn(message, Some(hint));
                 tokio::time::sleep(FETCH_AGAIN).await;
+                // Whoever holds it gives the same bytes.
+                holders = shelf.holders_but(site);
             }
-        });
+        };
+        let transfer = self.transfers.spawn(fetch);
+        self.fetching.insert((round, contributor.site), transfer);
     }
 
     fn fetch_state(&mut self, commit: Commit, state_hash: ContentHash, from: &[SiteId]) {
@@ -668,18 +725,17 @@ impl Agent {
 
     async fn fetched(&mut self, fetched: Fetched) -> Result<(), AgentError> {
         match fetched {
-            Fetched::Delta { round, contributor, bytes, seconds } => {
+            Fetched::Delta { round, fragment, contributor, bytes, seconds } => {
                 let (from, size) = (contributor.site, bytes.len() as u64);
+                self.fetching.remove(&(round, from));
                 self.emit(Event::DeltaFetched { round, from_site: from, bytes: size, seconds });
                 self.tell(&FromSite::Fetched { round, from, bytes: size, seconds }).await;
-                let current = self.member.as_ref().is_some_and(|member| member.round().next() == round);
-                if current {
-                    self.deltas.insert(from, bytes);
-                }
+                self.shelf.offer((round, fragment.index), from, Blob::memory(bytes.clone()));
+                self.deltas.insert((round, from), bytes);
                 self.feed(MemberEvent::DeltaHeld { round, from }).await
             }
             Fetched::State { commit, bytes } => {
-                self.job(Job::Install { commit, bytes });
+                self.host_job(HostJob::Install { commit, bytes });
                 Ok(())
             }
             Fetched::StateFailed { reason } => {
@@ -702,21 +758,24 @@ impl Agent {
                 self.obey(start).await;
                 Ok(())
             }
-            // The plan was withdrawn while the last step was being made: another one may have begun by now.
-            Done::Trained { abandoned, .. } if abandoned.load(Ordering::Relaxed) => Ok(()),
-            Done::Trained { round, delta, blob, contribution, .. } => {
-                self.shelf.offer(round, blob);
-                self.deltas.insert(self.site, delta);
-                self.feed(MemberEvent::Trained(contribution)).await
+            // The plan was withdrawn while its snapshot was being taken: another one may have begun by now.
+            Done::Encoded { abandoned, .. } if abandoned.load(Ordering::Relaxed) => Ok(()),
+            Done::Encoded { round, fragment, delta, contribution, .. } => {
+                self.shelf.offer((round, fragment.index), self.site, Blob::memory(delta.clone()));
+                self.deltas.insert((round, self.site), delta);
+                self.feed(MemberEvent::Encoded { round, contribution }).await
             }
-            Done::Applied { round, state_hash } => {
+            Done::Merged(merged) => {
+                let Merged { round, state_hash, fragment, .. } = merged;
                 self.held = (round, state_hash);
-                self.shelf.forget_state();
-                self.feed(MemberEvent::Applied { round, state_hash }).await
+                self.merged.insert(round, merged);
+                self.forget_through(round, fragment);
+                self.feed(MemberEvent::Merged { round, state_hash }).await
             }
             Done::Installed { round, state_hash } => {
                 self.held = (round, state_hash);
-                self.shelf.forget_state();
+                self.merged.clear();
+                self.job(Job::StartOver);
                 self.feed(MemberEvent::StateHeld { round, state_hash }).await
             }
             Done::InstallFailed => self.feed(MemberEvent::StateUnavailable).await,

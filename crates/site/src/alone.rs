@@ -8,7 +8,7 @@ use crate::folder::RunFolder;
 use crate::sampling::{SampleOptions, SamplingError, sample_text};
 use crate::state::{Mode, TrainingState};
 use crate::trainer::{Evaluation, StepDone, TrainError, Trainer};
-use base::{Hint, Round, RunConfig, SiteId, Term};
+use base::{Hint, Round, RunConfig, SiteId};
 use rounds::{Commit, Ledger, SampleRange};
 use std::sync::atomic::{AtomicBool, Ordering};
 use telemetry::{Event, Reporter};
@@ -131,8 +131,8 @@ impl Alone<'_> {
         let schema = self.trainer.schema().clone();
         self.trainer.engine().read_fragment(&schema.whole(), &mut self.state.global.parameters)?;
         let step = saved_before.step;
-        let commit =
-            Commit { term: Term(0), round: Round(step), contributors: Vec::new(), cursor: self.ledger.cursor() };
+        let (cursor, samples) = (self.ledger.cursor(), self.ledger.totals().committed);
+        let commit = Commit { round: Round(step), cursor, step, samples, ..Commit::initial() };
         self.state.global.commit = commit.clone();
         let saved = &mut self.state.saved;
         saved.commit = commit;

@@ -1,31 +1,14 @@
-//! The direct exchange: each site holds its own delta and its global state for the others to fetch.
+//! What a site holds for the others to fetch: its own deltas, those it has fetched itself, and its global state.
 //!
-//! A pull, so that nobody can make a site hold more than it asked for. What is served follows the round: the own
-//! delta of the last two rounds, and the state of the last commit.
+//! A pull, so that nobody can make a site hold more than it asked for. Deltas stay for some rounds after their commit, so that a
+//! site that was slow or away can catch up from anybody.
 
-use crate::state::GlobalState;
+use crate::state::SharedState;
 use base::{ContentHash, Round, SiteId};
-use bytes::Bytes;
 use rounds::Peer;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError};
 use wire::{Blob, BlobKey, BlobSource, Holder};
-
-/// Global state, shared between the engine's thread and those who fetch it. Only that thread writes, and only while it
-/// merges: an engine that hangs holds nobody up.
-pub(crate) type SharedState = Arc<RwLock<GlobalState>>;
-
-/// Encodes a delta as little-endian f32.
-pub(crate) fn encode_delta(delta: &[f32]) -> Bytes {
-    delta.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into()
-}
-
-/// Decodes a delta whose length has been checked. Gives `None` if a value is not finite: such a delta would poison the model.
-pub(crate) fn decode_delta(bytes: &[u8]) -> Option<Vec<f32>> {
-    let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-    let values: Vec<f32> = values.collect();
-    values.iter().all(|value| value.is_finite()).then_some(values)
-}
 
 /// What this site serves, and to whom.
 pub(crate) struct Shelf {
@@ -37,7 +20,9 @@ pub(crate) struct Shelf {
 #[derive(Default)]
 struct Inner {
     peers: BTreeMap<SiteId, Peer>,
-    deltas: BTreeMap<Round, Blob>,
+    /// By round, fragment and site.
+    deltas: BTreeMap<(Round, SiteId), (u32, Blob)>,
+    /// The encoded state that was asked for last: it stays while commits go on, so that who has begun to fetch it can end.
     state: Option<(Round, Blob)>,
 }
 
@@ -72,11 +57,25 @@ impl Shelf {
         peers.map(|peer| Holder { address: peer.address.clone(), fingerprint: peer.fingerprint }).collect()
     }
 
-    /// Offers the own delta of a round, and forgets those that nobody can want any more.
-    pub(crate) fn offer(&self, round: Round, blob: Blob) {
-        let mut inner = self.inner();
-        inner.deltas.retain(|older, _| older.0 + 1 >= round.0);
-        inner.deltas.insert(round, blob);
+    /// All other sites, as holders.
+    pub(crate) fn holders_but(&self, site: SiteId) -> Vec<Holder> {
+        let sites: Vec<SiteId> = self.inner().peers.keys().copied().filter(|peer| *peer != site).collect();
+        self.holders(&sites)
+    }
+
+    /// Number of sites.
+    pub(crate) fn sites(&self) -> usize {
+        self.inner().peers.len()
+    }
+
+    /// Offers a delta.
+    pub(crate) fn offer(&self, (round, fragment): (Round, u32), site: SiteId, blob: Blob) {
+        self.inner().deltas.insert((round, site), (fragment, blob));
+    }
+
+    /// Forgets deltas of rounds before this one.
+    pub(crate) fn forget_before(&self, round: Round) {
+        self.inner().deltas.retain(|(offered, _), _| *offered >= round);
     }
 
     fn state_blob(&self, round: Round) -> Option<Blob> {
@@ -93,11 +92,6 @@ impl Shelf {
         self.inner().state = Some((round, blob.clone()));
         Some(blob)
     }
-
-    /// Frees the encoded state of an older round.
-    pub(crate) fn forget_state(&self) {
-        self.inner().state = None;
-    }
 }
 
 impl BlobSource for Shelf {
@@ -106,24 +100,13 @@ impl BlobSource for Shelf {
             return None;
         }
         match key {
-            BlobKey::Delta { round, fragment: 0, site } if *site == self.site => {
-                self.inner().deltas.get(round).cloned()
+            BlobKey::Delta { round, fragment, site } => {
+                let inner = self.inner();
+                let (offered, blob) = inner.deltas.get(&(*round, *site))?;
+                (offered == fragment).then(|| blob.clone())
             }
             BlobKey::State { round } => self.state_blob(*round),
             _ => None,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_delta_survives_and_one_that_is_not_finite_is_refused() {
-        let delta = [1.5f32, -0.0, f32::MIN_POSITIVE, 3e38];
-        assert_eq!(decode_delta(&encode_delta(&delta)).unwrap(), delta);
-        assert!(decode_delta(&encode_delta(&[1.0, f32::NAN])).is_none());
-        assert!(decode_delta(&encode_delta(&[f32::NEG_INFINITY])).is_none());
     }
 }

@@ -1,13 +1,15 @@
 //! The agent of a site: trains a run on an engine, alone ([`train_alone`]) or together with other sites ([`join`]).
 //!
-//! [`folder`] says what lies where, [`state`] what is kept, [`trainer`] does the arithmetic of a round, `worker` gives it a
-//! thread, [`watchdog`] sees when an engine does not come back, `exchange` serves what the others fetch, [`agent`] is the loop in which they meet the coordinator.
+//! [`folder`] says what lies where, [`state`] what is kept, [`trainer`] trains and takes over, [`merger`] does the arithmetic between sites; `worker`
+//! and `host` give each a thread, [`watchdog`] sees when an engine does not come back, `exchange` serves what the others fetch, [`agent`] is the loop in which they meet the coordinator.
 
 pub mod agent;
 pub mod alone;
 mod exchange;
 pub mod folder;
+mod host;
 mod join;
+pub mod merger;
 pub mod sampling;
 pub mod state;
 pub mod trainer;
@@ -18,6 +20,7 @@ pub use agent::{AgentError, EngineFactory, JoinOptions, join};
 pub use alone::train_alone;
 pub use folder::{FolderError, RunFolder};
 pub use join::JoinError;
-pub use state::{GlobalState, Mode, SavedState, TrainingState};
-pub use trainer::{Evaluation, TrainError, Trainer};
+pub use merger::{Fragments, Merged, Merger};
+pub use state::{GlobalState, Mode, SavedState, SharedState, TrainingState};
+pub use trainer::{Evaluation, Progress, TrainError, Trainer};
 pub use watchdog::HangBounds;

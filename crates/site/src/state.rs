@@ -7,6 +7,7 @@ use rounds::plan::state_trailer;
 use rounds::{Commit, Ledger, OuterOptimizer};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::sync::{Arc, RwLock};
 
 /// File of the global parameters in a checkpoint.
 pub const MODEL_STEM: &str = "model";
@@ -61,6 +62,10 @@ pub struct GlobalState {
     /// The commit that made it.
     pub commit: Commit,
 }
+
+/// Global state, shared between the thread that merges and those who read or fetch it. Only that thread writes, and only while it
+/// merges: an engine that hangs holds nobody up.
+pub type SharedState = Arc<RwLock<GlobalState>>;
 
 impl GlobalState {
     /// Number of bytes of [`GlobalState::encode`].
@@ -137,7 +142,7 @@ impl TrainingState {
     /// Tensors of another model.
     pub fn initial(config: &RunConfig, parameters: &NamedTensors) -> Result<Self, TensorMismatch> {
         let schema = config.schema();
-        let commit = Commit { term: base::Term(0), round: base::Round(0), contributors: Vec::new(), cursor: 0 };
+        let commit = Commit::initial();
         let outer = OuterOptimizer::new(config, &schema);
         let global = GlobalState { parameters: schema.flatten(parameters)?, outer, commit: commit.clone() };
         let saved = SavedState {

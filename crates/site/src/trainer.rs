@@ -4,13 +4,13 @@
 //! a round, not who takes part.
 
 use crate::folder::{FolderError, RunFolder};
-use crate::state::GlobalState;
 use crate::watchdog::{EngineWatch, Watched};
 use base::config::Strategy;
-use base::{Hint, ParameterSchema, RunConfig, TokenBatch};
+use base::{Fragment, Hint, ParameterSchema, RunConfig, TokenBatch};
 use data::{BigramModel, Dataset, SampleOrder, Split, TextTokenizer, ValidationSet};
 use engine::{Engine, EngineError, LossSum, StepReport};
-use rounds::{Assignment, Commit, RoundPlan, SampleRange};
+use rounds::{Assignment, RoundPlan, SampleRange};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -55,6 +55,9 @@ pub enum TrainError {
     /// The folder cannot be used.
     #[error(transparent)]
     Folder(#[from] FolderError),
+    /// A delta that was right when it was fetched is not any more.
+    #[error("a delta cannot be merged any more: {0}")]
+    Merge(formats::DecodeError),
     /// The data holds a token outside the vocabulary.
     #[error("the data is damaged: {0}")]
     Data(String),
@@ -74,6 +77,7 @@ impl Hint for TrainError {
                 (sequence_length / 2).max(1)
             )),
             Self::Folder(error) => error.hint(),
+            Self::Merge(_) => Some("test this machine's memory, then run the same `beringia join` again".to_owned()),
             Self::Data(_) => Some("make the data again: `beringia init NEW --data FOLDER`".to_owned()),
         }
     }
@@ -94,17 +98,22 @@ pub struct Evaluation {
     pub seconds: f64,
 }
 
-/// A finished assignment.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Trained {
-    /// What the site offers to the merge: global minus local parameters, or the gradient where the strategy is `synchronous`.
-    pub delta: Vec<f32>,
-    /// Tokens trained on.
-    pub tokens: u64,
-    /// Mean loss, nats a token.
-    pub loss_nats: f64,
+/// What has been trained of a round so far.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Progress {
+    /// Loss over all its tokens.
+    pub loss: LossSum,
     /// Time in inner steps, artificial delay included.
     pub compute_seconds: f64,
+    /// The gradient, where the strategy is `synchronous`.
+    gradient: Vec<f32>,
+}
+
+impl Progress {
+    /// Mean loss, nats a token; 0 where nothing was trained.
+    pub fn loss_nats(&self) -> f64 {
+        self.loss.nats / self.loss.tokens.max(1) as f64
+    }
 }
 
 /// One inner step, for reports.
@@ -341,76 +350,75 @@ impl Trainer {
         Ok((steps * batch.predicted_tokens()) as f64 / measured)
     }
 
-    /// Runs an assignment from the global parameters. Gives `None` if `abandon` was set meanwhile.
+    /// Makes some inner steps of an assignment, from the engine's own parameters, and adds them to `progress`. Gives false if
+    /// `abandon` was set meanwhile.
     ///
     /// # Errors
     /// The engine failed.
     pub fn train(
         &mut self,
-        plan: &RoundPlan,
-        assignment: &Assignment,
-        global: &[f32],
+        (plan, assignment): (&RoundPlan, &Assignment),
+        steps: Range<u64>,
+        progress: &mut Progress,
         abandon: &AtomicBool,
         on_step: &mut dyn FnMut(&StepDone),
-    ) -> Result<Option<Trained>, TrainError> {
-        self.write(global)?;
-        let mut delta = vec![0.0; self.schema.elements()];
-        let mut positions = assignment.lease.iter().flat_map(|SampleRange { start, end }| *start..*end);
-        let (mut sum, mut compute_seconds) = (LossSum::default(), 0.0);
-        for index in 0..assignment.steps {
+    ) -> Result<bool, TrainError> {
+        let before: u64 = (0..steps.start).map(|index| assignment.step_samples(index)).sum();
+        let positions = assignment.lease.iter().flat_map(|SampleRange { start, end }| *start..*end);
+        let mut positions = positions.skip(before as usize);
+        for index in steps {
             if abandon.load(Ordering::Relaxed) {
-                return Ok(None);
+                return Ok(false);
             }
             let batch = self.batch(positions.by_ref().take(assignment.step_samples(index) as usize));
             let done = match self.config.sync.strategy {
-                Strategy::DiLoCo => self.step(plan.first_step + index, &batch)?,
-                Strategy::Synchronous => self.gradient(plan.first_step + index, &batch, &mut delta)?,
+                Strategy::DiLoCo | Strategy::Streaming => self.step(plan.first_step + index, &batch)?,
+                Strategy::Synchronous => {
+                    progress.gradient.resize(self.schema.elements(), 0.0);
+                    self.gradient(plan.first_step + index, &batch, &mut progress.gradient)?
+                }
             };
-            sum.nats += done.report.loss_nats * done.report.tokens as f64;
-            sum.tokens += done.report.tokens;
-            compute_seconds += done.seconds;
+            progress.loss.nats += done.report.loss_nats * done.report.tokens as f64;
+            progress.loss.tokens += done.report.tokens;
+            progress.compute_seconds += done.seconds;
             on_step(&done);
         }
-        if self.config.sync.strategy == Strategy::DiLoCo {
-            self.engine.read_fragment(&self.schema.whole(), &mut delta)?;
-            for (local, global) in delta.iter_mut().zip(global) {
-                *local = global - *local;
-            }
-        }
-        self.require_finite(&delta, plan.first_step + assignment.steps)?;
-        let loss_nats = sum.nats / sum.tokens.max(1) as f64;
-        Ok(Some(Trained { delta, tokens: sum.tokens, loss_nats, compute_seconds }))
+        Ok(true)
     }
 
-    /// A delta with a number that is not finite would poison every site's model.
-    fn require_finite(&self, delta: &[f32], step: u64) -> Result<(), TrainError> {
-        let Some(index) = delta.iter().position(|value| !value.is_finite()) else { return Ok(()) };
-        let name = self.schema.parameters().iter().find(|parameter| parameter.range.contains(&index));
-        let what = format!("delta of {}", name.map_or("an unknown parameter", |parameter| &parameter.name));
-        Err(TrainError::NotFinite { step, what, value: f64::from(delta[index]) })
-    }
-
-    /// Merges the contributors' deltas (tokens and delta, ascending by site), takes the outer step and gives the engine the
-    /// new global parameters.
+    /// What a round has to give for a fragment: the engine's parameters, or their gradient where the strategy is `synchronous`.
     ///
     /// # Errors
-    /// The engine failed; `global` has taken the step all the same.
-    pub fn apply(
-        &mut self,
-        commit: &Commit,
-        deltas: &[(u64, &[f32])],
-        global: &mut GlobalState,
-    ) -> Result<(), TrainError> {
-        self.merge(commit, deltas, global);
-        self.write(&global.parameters)
+    /// The engine failed.
+    pub fn snapshot(&mut self, fragment: &Fragment, progress: &mut Progress) -> Result<Vec<f32>, TrainError> {
+        if self.config.sync.strategy == Strategy::Synchronous {
+            progress.gradient.resize(self.schema.elements(), 0.0);
+            return Ok(std::mem::take(&mut progress.gradient));
+        }
+        let mut values = vec![0.0; fragment.elements()];
+        self.engine.read_fragment(fragment, &mut values)?;
+        Ok(values)
     }
 
-    /// The part of [`Trainer::apply`] that needs no engine.
-    pub fn merge(&self, commit: &Commit, deltas: &[(u64, &[f32])], global: &mut GlobalState) {
-        let mut merged = vec![0.0; self.schema.elements()];
-        rounds::token_weighted_mean(deltas, &mut merged);
-        global.outer.step(commit.round.0 - 1, &mut global.parameters, &mut merged);
-        global.commit = commit.clone();
+    /// Takes over the merged parameters of a fragment. `before` are the local ones when the snapshot was taken that was merged:
+    /// ```text
+    /// L = (1 - alpha) * L + alpha * (G + kept),    kept = L - before, or 0
+    /// ```
+    /// With `None`, or where nothing was trained since and alpha is 1, the local parameters become the global ones.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn take_over(&mut self, fragment: &Fragment, global: &[f32], before: Option<&[f32]>) -> Result<(), TrainError> {
+        let Some(before) = before else { return Ok(self.engine.write_fragment(fragment, global)?) };
+        let (alpha, keep) = (self.config.sync.mixing as f32, self.config.sync.keep_overlapped);
+        let mut local = vec![0.0; fragment.elements()];
+        self.engine.read_fragment(fragment, &mut local)?;
+        for ((local, global), before) in local.iter_mut().zip(global).zip(before) {
+            let kept = if keep { *local - before } else { 0.0 };
+            let target = global + kept;
+            *local = if alpha == 1.0 { target } else { (1.0 - alpha) * *local + alpha * target };
+        }
+        Ok(self.engine.write_fragment(fragment, &local)?)
     }
 
     /// Gives the engine these parameters, flat in canonical order.

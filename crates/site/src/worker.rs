@@ -1,25 +1,28 @@
 //! The engine's thread: jobs in, results out, in order.
 //!
-//! The agent never waits for the engine, and the engine never waits for the network. The only thing they share is the
-//! global state, which the thread changes when it applies a commit.
+//! The agent never waits for the engine, and the engine never waits for the network. What it has trained goes to the host's thread
+//! (`host`) as a snapshot, and comes back merged; the global state is only read here.
 //!
 //! An engine that is lost (its process was killed) is started again and given the global parameters, and what it had not
-//! finished is done anew ([`Worker::surviving`]). Nothing of a round is sent before all of its steps are done, so that no
-//! step counts twice.
+//! finished is done anew ([`Worker::surviving`]). What is sent of a round is sent after all of its steps, so that no
+//! step counts twice; where merges overlap with training, steps since the last merge that are lost with the engine are lost.
 
 use crate::alone::{evaluated_event, reduction_events, sample_event, save_checkpoint, step_event};
-use crate::exchange::{SharedState, encode_delta};
 use crate::folder::RunFolder;
-use crate::state::{GlobalState, Mode, SavedState, TrainingState};
-use crate::trainer::{Evaluation, TrainError, Trainer};
+use crate::host::HostJob;
+use crate::merger::{Fragments, Merged};
+use crate::state::{GlobalState, Mode, SavedState, SharedState, TrainingState};
+use crate::trainer::{Evaluation, Progress, TrainError, Trainer};
+use base::config::Strategy;
 use base::{ContentHash, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use engine::{EngineError, EngineState};
-use rounds::{Assignment, Commit, Contribution, RoundPlan};
+use rounds::{Assignment, Commit, Contribution, FragmentPlan, RoundPlan};
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError};
 use telemetry::{Event, Reporter};
-use wire::Blob;
 
 /// An engine that is lost more often than this after one commit is not started again: it would be lost for ever.
 pub(crate) const RESTARTS_PER_ROUND_MAX: u64 = 2;
@@ -28,33 +31,32 @@ pub(crate) const RESTARTS_PER_ROUND_MAX: u64 = 2;
 pub(crate) enum Job {
     /// Measure the speed of this engine alone, and the initial loss where `evaluate` says so.
     Prepare { samples_per_step: u64, seconds: f64, evaluate: bool },
-    /// Run an assignment.
-    Train { plan: RoundPlan, assignment: Assignment, abandon: Arc<AtomicBool> },
-    /// Merge, take the outer step; then validate and save where the cadence says so.
-    Apply { commit: Commit, deltas: Vec<(u64, Vec<f32>)>, evaluate: bool },
-    /// Take over a state that was fetched.
-    Install { commit: Commit, bytes: Vec<u8> },
+    /// Make some steps of an assignment.
+    Train { plan: RoundPlan, assignment: Assignment, steps: Range<u64>, abandon: Arc<AtomicBool> },
+    /// Hand the plan's fragment to the host's thread.
+    Snapshot { plan: RoundPlan, abandon: Arc<AtomicBool> },
+    /// Take over what was merged; then validate and save where the cadence says so.
+    Apply { merged: Merged, evaluate: bool },
+    /// Begin anew from the global state.
+    StartOver,
     /// Save, and validate where asked, because the run or this site's part in it ends.
     Finish { evaluate: bool },
 }
 
-/// What the engine's thread has done.
+/// What the two threads have done.
 pub(crate) enum Done {
     Prepared {
         tokens_per_second: f64,
     },
     /// Not wanted any more where `abandoned` is set by now.
-    Trained {
+    Encoded {
         round: Round,
+        fragment: FragmentPlan,
         delta: Bytes,
-        blob: Blob,
         contribution: Contribution,
         abandoned: Arc<AtomicBool>,
     },
-    Applied {
-        round: Round,
-        state_hash: ContentHash,
-    },
+    Merged(Merged),
     Installed {
         round: Round,
         state_hash: ContentHash,
@@ -77,12 +79,33 @@ pub(crate) struct Worker {
     pub(crate) state: SharedState,
     pub(crate) saved: SavedState,
     pub(crate) reporter: Arc<Mutex<Reporter>>,
+    /// Where snapshots go.
+    pub(crate) host: std::sync::mpsc::Sender<HostJob>,
+    pub(crate) local: Local,
     pub(crate) evaluated: Option<Round>,
     pub(crate) saved_round: Option<Round>,
     /// Restarts of the engine since the last commit.
     pub(crate) restarts: u64,
     /// Set when the agent has given the engine up: it is not started again.
     pub(crate) given_up: Arc<AtomicBool>,
+}
+
+/// How this site's parameters differ from the global ones.
+pub(crate) struct Local {
+    fragments: Fragments,
+    /// The round that is being trained.
+    progress: (Round, Progress),
+    /// Local parameters of fragments that travel, when their snapshots were taken.
+    snapshots: BTreeMap<Round, (FragmentPlan, Arc<Vec<f32>>)>,
+    /// The engine holds the global parameters, as they are or were.
+    is_global: bool,
+}
+
+impl Local {
+    pub(crate) fn new(config: &RunConfig) -> Self {
+        let progress = (Round(0), Progress::default());
+        Self { fragments: Fragments::new(config.schema()), progress, snapshots: BTreeMap::new(), is_global: true }
+    }
 }
 
 /// Sends results; false when nobody listens any more.
@@ -119,9 +142,10 @@ impl Worker {
                 let tokens_per_second = self.surviving(measure)?;
                 answer(Done::Prepared { tokens_per_second });
             }
-            Job::Train { plan, assignment, abandon } => self.train(&plan, &assignment, abandon, answer)?,
-            Job::Apply { commit, deltas, evaluate } => self.apply(&commit, &deltas, evaluate, answer)?,
-            Job::Install { commit, bytes } => self.install(commit, &bytes, answer)?,
+            Job::Train { plan, assignment, steps, abandon } => self.train((&plan, &assignment), steps, &abandon)?,
+            Job::Snapshot { plan, abandon } => self.snapshot(plan, abandon)?,
+            Job::Apply { merged, evaluate } => self.apply(&merged, evaluate, answer)?,
+            Job::StartOver => self.start_over()?,
             Job::Finish { evaluate } => {
                 self.surviving(Self::put_back)?;
                 if evaluate {
@@ -156,7 +180,7 @@ impl Worker {
     fn restart(&mut self, mut lost: EngineError) -> Result<(), TrainError> {
         while self.restarts < RESTARTS_PER_ROUND_MAX && !self.given_up.load(Ordering::Relaxed) {
             self.restarts += 1;
-            let (site, round, attempt) = (self.site, self.saved.commit.round, self.restarts);
+            let (site, round, attempt) = (self.site, self.global().commit.round, self.restarts);
             self.emit(Event::EngineRestarted { site, round, attempt, reason: lost.to_string() });
             match self.trainer.recover().and_then(|()| self.put_back()) {
                 Err(TrainError::Engine(again @ EngineError::Lost { .. })) => lost = again,
@@ -166,61 +190,69 @@ impl Worker {
         Err(lost.into())
     }
 
-    fn global(state: &SharedState) -> RwLockReadGuard<'_, GlobalState> {
-        state.read().unwrap_or_else(PoisonError::into_inner)
+    /// The global state as it is now.
+    fn global(&self) -> GlobalState {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn train(
         &mut self,
-        plan: &RoundPlan,
-        assignment: &Assignment,
-        abandon: Arc<AtomicBool>,
-        answer: Answer<'_>,
+        (plan, assignment): (&RoundPlan, &Assignment),
+        steps: Range<u64>,
+        abandon: &AtomicBool,
     ) -> Result<(), TrainError> {
+        if abandon.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if self.local.progress.0 != plan.round {
+            self.local.progress = (plan.round, Progress::default());
+        }
+        self.local.is_global = false;
         let (site, reporter) = (self.site, Arc::clone(&self.reporter));
         let mut on_step = |done: &_| {
             reporter.lock().unwrap_or_else(PoisonError::into_inner).emit(step_event(site, plan.round, done));
         };
-        let trained = self.surviving(|worker| {
-            // Others may read the state, and fetch it, while this site trains.
-            let state = Arc::clone(&worker.state);
-            let global = Self::global(&state);
-            worker.trainer.train(plan, assignment, &global.parameters, &abandon, &mut on_step)
+        let before = self.local.progress.1.clone();
+        let progress = self.surviving(|worker| {
+            let mut progress = before.clone();
+            let steps = steps.clone();
+            worker.trainer.train((plan, assignment), steps, &mut progress, abandon, &mut on_step)?;
+            Ok(progress)
         })?;
-        let Some(trained) = trained else { return Ok(()) };
-        let delta = encode_delta(&trained.delta);
-        let blob = Blob::memory(delta.clone());
-        let delta_hash = ContentHash::of(&delta);
-        let contribution = Contribution {
-            tokens: trained.tokens,
-            delta_hash,
-            delta_bytes: delta.len() as u64,
-            loss_nats: trained.loss_nats,
-            compute_seconds: trained.compute_seconds,
-        };
-        answer(Done::Trained { round: plan.round, delta, blob, contribution, abandoned: abandon });
+        self.local.progress.1 = progress;
         Ok(())
     }
 
-    fn apply(
-        &mut self,
-        commit: &Commit,
-        deltas: &[(u64, Vec<f32>)],
-        evaluate: bool,
-        answer: Answer<'_>,
-    ) -> Result<(), TrainError> {
-        let views: Vec<(u64, &[f32])> = deltas.iter().map(|(tokens, delta)| (*tokens, delta.as_slice())).collect();
-        let state_hash = {
-            let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-            self.trainer.merge(commit, &views, &mut state);
-            state.hash()
-        };
-        let round = commit.round;
-        self.note_state(commit, state_hash);
-        self.saved.tokens += commit.contributors.iter().map(|contributor| contributor.tokens).sum::<u64>();
-        self.surviving(Self::put_back)?;
-        self.emit(Event::RoundApplied { round, site: self.site, state_hash });
-        answer(Done::Applied { round, state_hash });
+    fn snapshot(&mut self, plan: RoundPlan, abandon: Arc<AtomicBool>) -> Result<(), TrainError> {
+        if abandon.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let fragment = self.local.fragments.of(plan.fragment);
+        if self.local.progress.0 != plan.round {
+            self.local.progress = (plan.round, Progress::default());
+        }
+        let mut progress = std::mem::take(&mut self.local.progress.1);
+        let values = self.surviving(|worker| worker.trainer.snapshot(&fragment, &mut progress))?;
+        let values = Arc::new(values);
+        if self.config.sync.strategy == Strategy::Streaming {
+            self.local.snapshots.insert(plan.round, (plan.fragment, Arc::clone(&values)));
+        }
+        // A thread that is gone is noticed where its results are awaited.
+        let _gone = self.host.send(HostJob::Encode { plan, values, progress, abandon });
+        Ok(())
+    }
+
+    fn apply(&mut self, merged: &Merged, evaluate: bool, answer: Answer<'_>) -> Result<(), TrainError> {
+        self.restarts = 0;
+        let round = merged.round;
+        let fragment = self.local.fragments.of(merged.fragment);
+        self.surviving(|worker| {
+            let before = worker.local.snapshots.get(&round).map(|(_, values)| Arc::clone(values));
+            worker.trainer.take_over(&fragment, &merged.values, before.as_ref().map(|values| &values[..]))
+        })?;
+        self.local.snapshots.remove(&round);
+        self.local.is_global |= self.config.sync.strategy != Strategy::Streaming;
+        self.emit(Event::RoundApplied { round, site: self.site, state_hash: merged.state_hash });
         if evaluate && round.0.is_multiple_of(self.config.evaluate.every_rounds) {
             self.evaluate(answer)?;
         }
@@ -230,62 +262,81 @@ impl Worker {
         Ok(())
     }
 
-    fn note_state(&mut self, commit: &Commit, state_hash: ContentHash) {
-        self.restarts = 0;
-        self.saved.commit = commit.clone();
-        self.saved.state_hash = state_hash;
-        self.saved.step = (commit.round.0 * self.config.steps_per_round()).min(self.config.train.steps);
+    /// Forgets what was trained and not merged.
+    fn start_over(&mut self) -> Result<(), TrainError> {
+        self.local.snapshots.clear();
+        self.local.progress = (Round(0), Progress::default());
+        self.surviving(Self::put_back)
     }
 
-    fn install(&mut self, commit: Commit, bytes: &[u8], answer: Answer<'_>) -> Result<(), TrainError> {
-        let installed = {
-            let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-            state.decode(commit.clone(), bytes)
-        };
-        if !installed {
-            answer(Done::InstallFailed);
-            return Ok(());
+    /// Gives the engine the global parameters, whatever it has trained since. What it learns from now on is counted from these.
+    fn put_back(&mut self) -> Result<(), TrainError> {
+        let state = self.global();
+        for (plan, values) in self.local.snapshots.values_mut() {
+            let fragment = self.local.fragments.of(*plan);
+            let mut global = vec![0.0; fragment.elements()];
+            fragment.gather(&state.parameters, &mut global);
+            *values = Arc::new(global);
         }
-        let state_hash = ContentHash::of(bytes);
-        self.note_state(&commit, state_hash);
-        self.surviving(Self::put_back)?;
-        // Tokens of earlier rounds are not in the commit; samples tell them.
-        self.saved.tokens = commit.cursor * self.config.data.sequence_length as u64;
-        answer(Done::Installed { round: commit.round, state_hash });
+        self.trainer.write(&state.parameters)?;
+        self.local.is_global = true;
         Ok(())
     }
 
-    /// Gives the engine the global parameters, whatever it has trained since.
-    fn put_back(&mut self) -> Result<(), TrainError> {
-        self.trainer.write(&Self::global(&self.state).parameters)
+    /// Does `work` with the global parameters in the engine, and puts its own back.
+    fn with_global<T>(
+        &mut self,
+        mut work: impl FnMut(&mut Self) -> Result<T, TrainError>,
+    ) -> Result<(T, GlobalState), TrainError> {
+        let state = self.global();
+        if self.local.is_global {
+            return Ok((work(self)?, state));
+        }
+        let whole = self.trainer.schema().whole();
+        let mut own = vec![0.0; whole.elements()];
+        self.trainer.engine().read_fragment(&whole, &mut own)?;
+        self.trainer.write(&state.parameters)?;
+        let result = work(self)?;
+        self.trainer.write(&own)?;
+        Ok((result, state))
     }
 
     fn evaluate(&mut self, answer: Answer<'_>) -> Result<(), TrainError> {
-        let round = self.saved.commit.round;
-        if self.evaluated == Some(round) {
+        if self.evaluated == Some(self.global().commit.round) {
             return Ok(());
         }
+        let ((evaluation, sample), state) = self.surviving(|worker| {
+            worker.with_global(|worker| {
+                let evaluation = worker.trainer.evaluate()?;
+                let round = worker.global().commit.round;
+                Ok((evaluation, sample_event(&mut worker.trainer, &worker.config, round)?))
+            })
+        })?;
+        let Commit { round, step, .. } = state.commit;
         self.evaluated = Some(round);
-        let evaluation = self.surviving(|worker| worker.trainer.evaluate())?;
-        self.emit(evaluated_event(round, self.saved.step, &evaluation));
+        self.emit(evaluated_event(round, step, &evaluation));
         answer(Done::Evaluated { round, evaluation });
-        let sample = self.surviving(|worker| sample_event(&mut worker.trainer, &worker.config, round))?;
         sample.into_iter().for_each(|event| self.emit(event));
         Ok(())
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
-        let round = self.saved.commit.round;
+        let global = self.global();
+        let round = global.commit.round;
         if round == Round(0) || self.saved_round == Some(round) {
             return Ok(());
         }
         let EngineState { parameters: _, first_moments, second_moments, optimizer_steps } =
             self.surviving(|worker| Ok(worker.trainer.engine().save()?))?;
+        let commit = global.commit.clone();
         self.saved.mode = Mode::Sites;
         self.saved.site = Some(self.site);
         self.saved.optimizer_steps = optimizer_steps;
+        self.saved.state_hash = global.hash();
+        self.saved.step = commit.step;
+        self.saved.tokens = commit.samples * self.config.data.sequence_length as u64;
+        self.saved.commit = commit;
         let inner = EngineState { first_moments, second_moments, optimizer_steps, ..EngineState::default() };
-        let global = Self::global(&self.state).clone();
         let state = TrainingState { global, inner, saved: self.saved.clone() };
         let schema = self.trainer.schema().clone();
         let (is_saved, event) = save_checkpoint(&self.folder, &self.config, &state, round, &schema);

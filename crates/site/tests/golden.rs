@@ -9,14 +9,15 @@
 use base::config::{InnerOptimizer, Strategy};
 use base::random::Random;
 use base::{ContentHash, ModelShape, NamedTensors, RunConfig, SiteId};
+use bytes::Bytes;
 use data::{Corpus, PrepareOptions, TokenizerSource};
 use engine::PrecisionChoice;
 use engine_burn::BurnEngine;
 use rounds::coordinator::{Note, Record};
-use rounds::{Command, Commit, Contribution, Coordinator, Directive, Peer, Report, RoundPlan, Settings};
-use site::{Mode, RunFolder, Trainer, TrainingState, train_alone};
+use rounds::{Command, Commit, Contribution, Contributor, Coordinator, Directive, Peer, Report, RoundPlan, Settings};
+use site::{GlobalState, Merger, Mode, Progress, RunFolder, SavedState, Trainer, TrainingState, train_alone};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 use telemetry::{Event, EventLog, Reporter};
 use tempfile::TempDir;
 
@@ -146,8 +147,8 @@ fn text(document: u64) -> String {
     (0..200).map(|_| next()).collect::<Vec<_>>().join(" ")
 }
 
-/// Tokens and delta of each contributor, in the order of the commit.
-type Deltas = Vec<(u64, Vec<f32>)>;
+/// Contributors with their encoded deltas, in the order of the commit.
+type Deltas = Vec<(Contributor, Bytes)>;
 
 /// What is handed to the shipped merge: the contributions as they are, or something else to see a proof fail.
 type Merge = fn(Deltas) -> Deltas;
@@ -158,20 +159,30 @@ fn as_committed(deltas: Deltas) -> Deltas {
 
 /// Wrong: every site counts the same, however much it has trained.
 fn equally(deltas: Deltas) -> Deltas {
-    deltas.into_iter().map(|(_, delta)| (1, delta)).collect()
+    deltas.into_iter().map(|(contributor, delta)| (Contributor { tokens: 1, ..contributor }, delta)).collect()
 }
 
 /// Wrong: the mean of the first two, then of that and the third.
 fn by_halving(deltas: Deltas) -> Deltas {
-    let tokens = deltas.iter().map(|(tokens, _)| tokens).sum();
+    let decode = |bytes: &Bytes| -> Vec<f32> {
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    };
     let halve = |a: Vec<f32>, b: Vec<f32>| a.iter().zip(b).map(|(a, b)| (a + b) / 2.0).collect();
-    let merged = deltas.into_iter().map(|(_, delta)| delta).reduce(halve).unwrap();
-    vec![(tokens, merged)]
+    let merged = deltas.iter().map(|(_, delta)| decode(delta)).reduce(halve).unwrap();
+    let encoded: Vec<u8> = merged.iter().flat_map(|value| value.to_le_bytes()).collect();
+    vec![(deltas[0].0, Bytes::from(encoded))]
 }
 
 struct Site {
     trainer: Trainer,
-    state: TrainingState,
+    merger: Merger,
+    saved: SavedState,
+}
+
+impl Site {
+    fn global(&self) -> GlobalState {
+        self.merger.state().read().unwrap().clone()
+    }
 }
 
 /// Sites and their coordinator, with function calls where the network would be.
@@ -197,14 +208,18 @@ impl<'a> World<'a> {
 
     /// New processes on what the old ones have saved.
     fn resume(run: &'a Run, merge: Merge, states: Vec<TrainingState>, mut records: Vec<Record>) -> Self {
-        let delta_bytes = states[0].global.parameters.len() * size_of::<f32>();
-        let settings = Settings::new(&run.config, delta_bytes as u64);
+        let settings = Settings::new(&run.config);
         let initial_hash = run.initial_state().global.hash();
         let (coordinator, started) = Coordinator::recover(settings, initial_hash, records.clone());
         records.push(started);
         let arrival = (0..states.len()).collect();
         let held: Vec<_> = states.iter().map(|state| (state.saved.commit.round, state.saved.state_hash)).collect();
-        let sites = states.into_iter().map(|state| Site { trainer: run.trainer(&state), state }).collect();
+        let site = |(index, state): (usize, TrainingState)| {
+            let (trainer, saved) = (run.trainer(&state), state.saved);
+            let merger = Merger::new(SiteId(index as u32), &run.config, Arc::new(RwLock::new(state.global)));
+            Site { trainer, merger, saved }
+        };
+        let sites = states.into_iter().enumerate().map(site).collect();
         let (plan, commit, losses) = (None, None, Vec::new());
         let mut world = Self { run, sites, coordinator, records, merge, arrival, plan, commit, losses };
         for (index, (round, state_hash)) in held.into_iter().enumerate() {
@@ -254,62 +269,66 @@ impl<'a> World<'a> {
         self.apply(&commit, &contributed);
     }
 
-    fn train(&mut self, plan: &RoundPlan) -> Vec<(Contribution, Vec<f32>)> {
+    fn train(&mut self, plan: &RoundPlan) -> Vec<(Contribution, Bytes)> {
         let abandon = AtomicBool::new(false);
         let mut contributed = Vec::new();
         for (site, assignment) in self.sites.iter_mut().zip(&plan.assignments) {
-            let Site { trainer, state } = site;
-            let trained =
-                trainer.train(plan, assignment, &state.global.parameters, &abandon, &mut |_| {}).unwrap().unwrap();
-            let bytes: Vec<u8> = trained.delta.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let Site { trainer, merger, .. } = site;
+            let (mut progress, steps) = (Progress::default(), 0..assignment.steps);
+            assert!(trainer.train((plan, assignment), steps, &mut progress, &abandon, &mut |_| {}).unwrap());
+            let fragment = trainer.schema().whole();
+            let local = trainer.snapshot(&fragment, &mut progress).unwrap();
+            let delta = merger.encode(plan.round, plan.fragment, &local).unwrap();
             let contribution = Contribution {
-                tokens: trained.tokens,
-                delta_hash: ContentHash::of(&bytes),
-                delta_bytes: bytes.len() as u64,
-                loss_nats: trained.loss_nats,
+                tokens: progress.loss.tokens,
+                delta_hash: ContentHash::of(&delta),
+                delta_bytes: delta.len() as u64,
+                loss_nats: progress.loss_nats(),
                 compute_seconds: 1.0,
             };
-            contributed.push((contribution, trained.delta));
+            contributed.push((contribution, delta));
         }
         contributed
     }
 
-    fn apply(&mut self, commit: &Commit, contributed: &[(Contribution, Vec<f32>)]) {
-        let of_site = |site: SiteId| contributed[site.0 as usize].1.clone();
-        let deltas = commit.contributors.iter().map(|contributor| (contributor.tokens, of_site(contributor.site)));
-        let deltas = (self.merge)(deltas.collect());
-        let deltas: Vec<(u64, &[f32])> = deltas.iter().map(|(tokens, delta)| (*tokens, delta.as_slice())).collect();
+    fn apply(&mut self, commit: &Commit, contributed: &[(Contribution, Bytes)]) {
+        let of_site = |contributor: &Contributor| (*contributor, contributed[contributor.site.0 as usize].1.clone());
+        let handed = (self.merge)(commit.contributors.iter().map(of_site).collect());
+        let (contributors, deltas): (Vec<Contributor>, Vec<Bytes>) = handed.into_iter().unzip();
+        let handed = Commit { contributors, ..commit.clone() };
         for site in 0..self.sites.len() {
-            let Site { trainer, state } = &mut self.sites[site];
-            trainer.apply(commit, &deltas, &mut state.global).unwrap();
-            let state_hash = state.global.hash();
-            self.report(site, Report::Applied { round: commit.round, state_hash });
+            let Site { trainer, merger, .. } = &mut self.sites[site];
+            let merged = merger.merge(&handed, &deltas).unwrap();
+            let fragment = trainer.schema().whole();
+            trainer.take_over(&fragment, &merged.values, None).unwrap();
+            self.report(site, Report::Applied { round: commit.round, state_hash: merged.state_hash });
         }
         let hash = self.state_hash();
-        assert!(self.sites.iter().all(|site| site.state.global.hash() == hash), "I1 after round {}", commit.round);
+        assert!(self.sites.iter().all(|site| site.global().hash() == hash), "I1 after round {}", commit.round);
         assert_eq!(self.coordinator.last().state_hash, Some(hash));
     }
 
     fn state_hash(&self) -> ContentHash {
-        self.sites[0].state.global.hash()
+        self.sites[0].global().hash()
     }
 
-    fn parameters(&self) -> &[f32] {
-        &self.sites[0].state.global.parameters
+    fn parameters(&self) -> Vec<f32> {
+        self.sites[0].global().parameters
     }
 
     /// Each site's checkpoint, through the disk and back.
     fn save_and_load(&mut self) -> Vec<TrainingState> {
         let mut loaded = Vec::new();
-        for (index, Site { trainer, state }) in self.sites.iter_mut().enumerate() {
-            let engine = trainer.engine().save().unwrap();
-            state.saved.mode = Mode::Sites;
-            state.saved.commit = state.global.commit.clone();
-            state.saved.state_hash = state.global.hash();
-            state.saved.optimizer_steps = engine.optimizer_steps;
-            state.inner = engine;
+        for (index, site) in self.sites.iter_mut().enumerate() {
+            let (inner, global) = (site.trainer.engine().save().unwrap(), site.global());
+            let mut saved = site.saved.clone();
+            saved.mode = Mode::Sites;
+            saved.commit = global.commit.clone();
+            saved.state_hash = global.hash();
+            saved.optimizer_steps = inner.optimizer_steps;
+            let state = TrainingState { global, inner, saved };
             let checkpoints = self.run.sibling(&format!("site-{index}"));
-            let (round, schema) = (state.global.commit.round, trainer.schema().clone());
+            let (round, schema) = (state.global.commit.round, site.trainer.schema().clone());
             state.save(&checkpoints.checkpoints(), round, &schema, 2).unwrap();
             loaded.push(self.run.newest(&checkpoints));
         }
@@ -370,15 +389,15 @@ fn three_unequal_sites_equal_one() {
     let samples: Vec<u64> = three.coordinator.last().commit.contributors.iter().map(|c| c.tokens / 16).collect();
     assert_eq!(samples, [1, 2, 5]);
     assert_eq!(three.coordinator.ledger().totals().committed, 80);
-    let error = relative_error(three.parameters(), &one);
-    let element_error = relative_error_of_elements(three.parameters(), &one);
+    let error = relative_error(&three.parameters(), &one);
+    let element_error = relative_error_of_elements(&three.parameters(), &one);
     assert!(error < RELATIVE_ERROR_MAX, "{error}");
     assert!(element_error < RELATIVE_ERROR_MAX, "{element_error}");
 
     for (name, merge) in [("equal weights", equally as Merge), ("repeated halving", by_halving)] {
         let wrong = rounds_of(&run, 10, merge);
-        let error = relative_error(wrong.parameters(), &one);
-        let element_error = relative_error_of_elements(wrong.parameters(), &one);
+        let error = relative_error(&wrong.parameters(), &one);
+        let element_error = relative_error_of_elements(&wrong.parameters(), &one);
         assert!(error > WRONG_MERGE_FACTOR * RELATIVE_ERROR_MAX, "{name} passes for the right merge: {error}");
         assert!(element_error > WRONG_MERGE_FACTOR * RELATIVE_ERROR_MAX, "{name}: {element_error}");
     }
@@ -408,7 +427,7 @@ fn synchronous_training_has_the_loss_of_one_site_at_every_step() {
     let three = rounds_of(&run, 50, as_committed);
     let error = largest(&three);
     assert!(error < LOSS_ERROR_MAX, "{error}");
-    let error = relative_error(three.parameters(), &run.newest(&run.folder).global.parameters);
+    let error = relative_error(&three.parameters(), &run.newest(&run.folder).global.parameters);
     assert!(error < LOSS_ERROR_MAX, "{error}");
     let error = largest(&rounds_of(&run, 50, equally));
     assert!(error > 10.0 * LOSS_ERROR_MAX, "equal weights pass for the right ones: {error}");

@@ -349,6 +349,17 @@ events! {
         /// Samples set aside after three leases without a commit.
         lost: u64,
     }
+    /// A round closed without a site that had a part in it: what it has learnt counts later.
+    Straggler = "straggler" {
+        /// Which.
+        round: Round,
+        /// Who.
+        site: SiteId,
+        /// `slow compute`, `slow link` or `silent`.
+        reason: String,
+        /// How long the round had waited for it, seconds.
+        waited_seconds: f64,
+    }
     /// The batch is cut differently from the next round on.
     SharesChanged = "shares_changed" {
         /// Why, in words.

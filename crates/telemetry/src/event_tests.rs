@@ -25,6 +25,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::CheckpointSaved { .. }
         | Event::CheckpointSkipped { .. }
         | Event::Ledger { .. }
+        | Event::Straggler { .. }
         | Event::SharesChanged { .. }
         | Event::PeerRefused { .. }
         | Event::Warning { .. }
@@ -32,7 +33,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::MicroBatchReduced { .. }
         | Event::EngineRestarted { .. }
         | Event::EngineHung { .. }
-        | Event::RunFinished { .. } => 24,
+        | Event::RunFinished { .. } => 25,
     };
     let (site, round, term) = (SiteId(2), Round(3), Term(1));
     let events = vec![
@@ -112,6 +113,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::CheckpointSaved { round, path: "checkpoints/round-00000003".to_owned(), bytes: 12, seconds: 0.5 },
         Event::CheckpointSkipped { path: "checkpoints/round-00000002".to_owned(), reason: "cut".to_owned() },
         Event::Ledger { leased: 9, committed: 5, returned: 3, lost: 1 },
+        Event::Straggler { round, site, reason: "slow link".to_owned(), waited_seconds: 2.5 },
         Event::SharesChanged { reason: "speed".to_owned(), shares: vec![SiteShare { site, share: 0.3 }] },
         Event::PeerRefused { address: "10.0.0.9:1".to_owned(), reason: "wrong secret".to_owned() },
         Event::Warning { message: "disk full".to_owned(), hint: Some("free space".to_owned()) },

@@ -1,0 +1,231 @@
+//! What goes into the coordinator's decisions and what comes out of them.
+
+use crate::codec::encoded_bytes;
+use crate::ledger::{Ledger, LedgerTotals};
+use crate::plan::{Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan, SiteDevice};
+use crate::schedule::lookahead;
+use base::config::SyncSection;
+use base::{ContentHash, ParameterSchema, Round, RunConfig, SiteId, Term};
+use serde::{Deserialize, Serialize};
+
+/// What the decisions depend on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Sites to wait for before the first round of a term.
+    pub sites: u32,
+    /// Samples in an inner step, over all sites.
+    pub batch_samples: u64,
+    /// Tokens predicted in one sample.
+    pub sequence_length: u64,
+    /// Inner steps in a round (H / P).
+    pub steps_per_round: u64,
+    /// Inner steps of the run.
+    pub steps_total: u64,
+    /// Rounds, overlap, codec, quorum and grace.
+    pub sync: SyncSection,
+    /// What is cut into fragments: the size of every delta follows from it.
+    pub schema: ParameterSchema,
+}
+
+impl Settings {
+    /// The settings of a run.
+    pub fn new(config: &RunConfig) -> Self {
+        Self {
+            sites: config.sync.sites,
+            batch_samples: config.train.batch_samples as u64,
+            sequence_length: config.data.sequence_length as u64,
+            steps_per_round: config.steps_per_round(),
+            steps_total: config.train.steps,
+            sync: config.sync.clone(),
+            schema: config.schema(),
+        }
+    }
+
+    /// Size of an encoded delta of a fragment.
+    pub fn delta_bytes(&self, plan: FragmentPlan) -> u64 {
+        let fragments = self.schema.fragments(plan.count);
+        fragments.get(plan.index as usize).map_or(0, |fragment| encoded_bytes(plan.codec, fragment.elements() as u64))
+    }
+
+    /// Rounds for which sites keep what they have fetched, so that one that was away or slow can catch up from any of them: those
+    /// that are open, and as many as fit the size of the parameters.
+    pub fn rounds_kept(&self, delta_bytes: u64, sites: usize) -> u64 {
+        let parameter_bytes = (self.schema.elements() * size_of::<f32>()) as u64;
+        let fit = parameter_bytes / (delta_bytes * sites as u64).max(1);
+        lookahead(self.steps_per_round, self.sync.overlap_steps) + 2 + fit.min(ROUNDS_KEPT_MAX)
+    }
+}
+
+/// More are never needed: what is older is fetched as a whole state.
+const ROUNDS_KEPT_MAX: u64 = 64;
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A site was admitted and its connection is up.
+    Connected(Peer),
+    /// A site said something.
+    Reported(SiteId, Report),
+    /// A site's connection ended, or it broke the protocol.
+    Disconnected(SiteId, LeaveReason),
+    /// A site's connection carries words: it is there.
+    Heard(SiteId),
+    /// Time passed.
+    Tick,
+    /// Finish after the round in progress.
+    StopRequested,
+}
+
+/// What the shell must do, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    /// Write to the durable log and sync before any later command.
+    Persist(Record),
+    /// Send to one site.
+    Send(SiteId, Directive),
+    /// Tell people.
+    Note(Note),
+    /// The run is over and every site has left.
+    Done,
+}
+
+/// A line of the coordinator's durable log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "snake_case")]
+pub enum Record {
+    /// A new coordinator process took over.
+    TermStarted {
+        /// Its fencing number.
+        term: Term,
+    },
+    /// A round closed.
+    Committed(Box<Committed>),
+    /// All sites agreed on the state after it.
+    StateHash {
+        /// The round.
+        round: Round,
+        /// The hash.
+        state_hash: ContentHash,
+    },
+    /// No site holds a later round any more: its commits are void and their samples will be leased again.
+    RolledBack {
+        /// The round that counts as the last.
+        to: Round,
+    },
+}
+
+/// A commit, and the ledger right after it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Committed {
+    /// The commit.
+    pub commit: Commit,
+    /// Leases of rounds that were open then are open in it.
+    pub ledger: Ledger,
+    /// Agreed by all sites; not known before they have applied the commit.
+    pub state_hash: Option<ContentHash>,
+}
+
+/// What keeps a straggler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lateness {
+    /// It is still making its inner steps, and says that it is there.
+    SlowCompute,
+    /// Its delta is ready, but the others could not fetch it yet.
+    SlowLink,
+    /// Nothing has been heard of it for a while.
+    Silent,
+}
+
+/// A decision, and why, for people.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Note {
+    /// A site can train.
+    SiteReady {
+        /// Who.
+        site: SiteId,
+        /// Measured at join.
+        tokens_per_second: f64,
+    },
+    /// What a site computes on.
+    SiteDevice {
+        /// Who.
+        site: SiteId,
+        /// On what.
+        device: SiteDevice,
+    },
+    /// A site is gone.
+    SiteLeft {
+        /// Who.
+        site: SiteId,
+        /// Why.
+        reason: LeaveReason,
+    },
+    /// Work was handed out.
+    RoundStarted(RoundPlan),
+    /// A site finished its inner steps.
+    Computed {
+        /// Who.
+        site: SiteId,
+        /// Which round.
+        round: Round,
+        /// With what.
+        contribution: Contribution,
+    },
+    /// A round closed.
+    Committed {
+        /// With what.
+        commit: Commit,
+        /// Since it began.
+        seconds: f64,
+        /// Sums after it.
+        totals: LedgerTotals,
+    },
+    /// A round closed without a site that was to be part of it.
+    Straggler {
+        /// Who.
+        site: SiteId,
+        /// Which round.
+        round: Round,
+        /// What kept it.
+        reason: Lateness,
+        /// How long the round had waited, seconds.
+        waited_seconds: f64,
+    },
+    /// All sites hold the same state.
+    Agreed {
+        /// After this round.
+        round: Round,
+        /// The state.
+        state_hash: ContentHash,
+    },
+    /// A site holds another state than the majority.
+    Diverged {
+        /// Who.
+        site: SiteId,
+        /// After which round.
+        round: Round,
+        /// The majority's.
+        expected: ContentHash,
+        /// The site's.
+        found: ContentHash,
+    },
+    /// The division of the batch changed.
+    SharesMoved {
+        /// Weight of each current site.
+        weights: Vec<(SiteId, f64)>,
+    },
+    /// See [`Record::RolledBack`].
+    RolledBack {
+        /// The last commit in the log.
+        from: Round,
+        /// The newest round that a site still holds.
+        to: Round,
+    },
+    /// Every working site left: the round will begin anew.
+    RoundAbandoned {
+        /// Which.
+        round: Round,
+    },
+}

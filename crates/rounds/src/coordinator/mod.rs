@@ -1,0 +1,731 @@
+//! The coordinator's decisions as a state machine: events and the time in, commands out.
+//!
+//! A round goes: `Begin` to every current site; each trains on its lease, takes a snapshot of the round's fragment and reports
+//! `Computed`; the others fetch its delta and report `Holds`; when that is enough ([`OpenRound`]), the commit is persisted and sent.
+//! Where merges take effect later than their snapshot ([`schedule`]), the next rounds are open meanwhile, so that no site
+//! ever waits for a plan. Rounds commit in order, each once.
+//!
+//! *Enough* is that every worker has delivered and every current site holds every delta; or, once a quorum has delivered and a grace
+//! window has passed, the deltas that a quorum of sites all hold. A commit therefore never asks a site for bytes that nobody can
+//! give it. A site that was late keeps its lease: its next delta that is merged holds what it had learnt, and its leases are committed
+//! with that. A site that leaves gives its leases back; what it had delivered to everybody still counts.
+//!
+//! It never touches a tensor: it compares hashes.
+
+mod grace;
+mod interface;
+mod open_round;
+
+pub use interface::{Command, Committed, Event, Lateness, Note, Record, Settings};
+
+use crate::ledger::Ledger;
+use crate::plan::{Assignment, Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan};
+use crate::schedule::{self, fragment_of, lookahead};
+use crate::shares::{Speed, follow, portions};
+use base::config::SyncSection;
+use base::{ContentHash, Round, SiteId, Term};
+use grace::Grace;
+use open_round::{Delivery, OpenRound};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// A round may take this many times its expected compute time, and `deadline_seconds` on top, before sites that have not
+/// delivered are dropped.
+pub const DEADLINE_FACTOR: f64 = 3.0;
+
+/// A shorter time says nothing of a speed.
+const COMPUTE_SECONDS_MIN: f64 = 1e-6;
+
+/// Sites pulse every 2 s: after this long without a word one counts as silent.
+const SILENCE_SECONDS: f64 = 6.0;
+
+#[derive(Debug, Clone)]
+struct Site {
+    peer: Peer,
+    /// The state it says it holds; `None` before it is ready, and while it fetches one.
+    held: Option<(Round, ContentHash)>,
+    /// It takes part: from the state of this round on it has been sent every commit.
+    since: Option<Round>,
+    /// The last commit that it says it has applied.
+    applied: Round,
+    /// Tokens a second.
+    speed: Speed,
+    /// Samples of each round that it has not reported yet.
+    owed: BTreeMap<Round, u64>,
+    /// Tokens trained on since it joined.
+    trained_tokens: u64,
+    /// The same when the snapshot of each fragment was taken that was merged last.
+    merged_tokens: BTreeMap<u32, u64>,
+    /// When a word of it was last heard.
+    heard: f64,
+}
+
+impl Site {
+    fn new(peer: Peer, now: f64) -> Self {
+        let (owed, merged_tokens) = (BTreeMap::new(), BTreeMap::new());
+        let (speed, applied) = (Speed::new(1.0), Round(0));
+        Self { peer, held: None, since: None, applied, speed, owed, trained_tokens: 0, merged_tokens, heard: now }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Phase {
+    Working,
+    /// Sites that have been told to finish.
+    Finishing(BTreeSet<SiteId>),
+}
+
+/// The coordinator of one run.
+#[derive(Debug, Clone)]
+pub struct Coordinator {
+    settings: Settings,
+    term: Term,
+    history: Vec<Committed>,
+    ledger: Ledger,
+    sites: BTreeMap<SiteId, Site>,
+    /// What each site holds after each commit that is not settled.
+    votes: BTreeMap<Round, BTreeMap<SiteId, ContentHash>>,
+    /// Ascending, the next to be committed first.
+    open: VecDeque<OpenRound>,
+    phase: Phase,
+    grace: Grace,
+    /// Rounds at the end of the run, planned or committed, in which nobody trains.
+    flushes: u32,
+    started: bool,
+    /// The last commit before the current sites began: deltas of later ones are still held by some of them.
+    started_at: Round,
+    stopping: bool,
+    weights: BTreeMap<SiteId, f64>,
+}
+
+impl Coordinator {
+    /// Starts a new term on what earlier terms have logged, and gives the record to persist first. `initial_hash` is the
+    /// hash of the state of round 0.
+    pub fn recover(
+        settings: Settings,
+        initial_hash: ContentHash,
+        records: impl IntoIterator<Item = Record>,
+    ) -> (Self, Record) {
+        let (initial, ledger) = (Commit::initial(), Ledger::default());
+        let mut history = vec![Committed { commit: initial, ledger, state_hash: Some(initial_hash) }];
+        let mut term = Term(0);
+        for record in records {
+            match record {
+                Record::TermStarted { term: started } => term = term.max(started),
+                Record::Committed(committed) => history.push(*committed),
+                Record::StateHash { round, state_hash } => {
+                    for committed in history.iter_mut().filter(|committed| committed.commit.round == round) {
+                        committed.state_hash = Some(state_hash);
+                    }
+                }
+                Record::RolledBack { to } => history.retain(|committed| committed.commit.round <= to),
+            }
+        }
+        let term = Term(term.0 + 1);
+        let mut coordinator = Self {
+            settings,
+            term,
+            history,
+            ledger: Ledger::default(),
+            sites: BTreeMap::new(),
+            votes: BTreeMap::new(),
+            open: VecDeque::new(),
+            phase: Phase::Working,
+            grace: Grace::default(),
+            flushes: 0,
+            started: false,
+            started_at: Round(0),
+            stopping: false,
+            weights: BTreeMap::new(),
+        };
+        coordinator.go_on_from_last();
+        (coordinator, Record::TermStarted { term })
+    }
+
+    /// Takes the ledger as it was after the last commit; who had leases then has lost them.
+    fn go_on_from_last(&mut self) {
+        self.ledger = self.last().ledger.clone();
+        self.ledger.give_back_all();
+        self.flushes = self.flushes_committed();
+    }
+
+    /// Committed rounds at the end of the history in which nobody trained.
+    fn flushes_committed(&self) -> u32 {
+        let commits = self.history.windows(2).rev();
+        commits.take_while(|pair| pair[0].commit.step == pair[1].commit.step).count() as u32
+    }
+
+    /// The current term.
+    pub fn term(&self) -> Term {
+        self.term
+    }
+
+    /// The last commit and its state.
+    pub fn last(&self) -> &Committed {
+        self.history.last().unwrap_or_else(|| unreachable!("round 0 is always there"))
+    }
+
+    /// Inner steps of the run up to the end of a committed round; 0 where it is not known.
+    pub fn step_of(&self, round: Round) -> u64 {
+        let known = self.history.iter().rev().find(|committed| committed.commit.round == round);
+        known.map_or(0, |committed| committed.commit.step)
+    }
+
+    /// Sample accounting so far.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Takes one event at time `now` (seconds on any clock that does not run backwards).
+    pub fn handle(&mut self, event: Event, now: f64) -> Vec<Command> {
+        let mut commands = Vec::new();
+        match event {
+            Event::Connected(peer) => self.connected(peer, now, &mut commands),
+            Event::Reported(site, report) if self.sites.contains_key(&site) => {
+                self.hear(site, now);
+                self.reported(site, report, &mut commands);
+            }
+            Event::Reported(..) => {}
+            Event::Disconnected(site, reason) => self.remove(site, reason, &mut commands),
+            Event::Heard(site) => {
+                self.hear(site, now);
+                return commands;
+            }
+            Event::Tick => self.enforce_deadline(now, &mut commands),
+            Event::StopRequested => self.stopping = true,
+        }
+        self.advance(now, &mut commands);
+        commands
+    }
+
+    fn hear(&mut self, site: SiteId, now: f64) {
+        if let Some(site) = self.sites.get_mut(&site) {
+            site.heard = now;
+        }
+    }
+
+    fn current(&self) -> Vec<SiteId> {
+        self.sites.iter().filter(|(_, site)| site.since.is_some()).map(|(id, _)| *id).collect()
+    }
+
+    fn lookahead(&self) -> u64 {
+        lookahead(self.settings.steps_per_round, self.settings.sync.overlap_steps)
+    }
+
+    fn connected(&mut self, peer: Peer, now: f64, commands: &mut Vec<Command>) {
+        // A site that connects anew has lost what it held in memory: it starts over as a newcomer.
+        self.remove(peer.site, LeaveReason::ConnectionLost, commands);
+        self.sites.insert(peer.site, Site::new(peer, now));
+        self.tell_peers(commands);
+    }
+
+    fn tell_peers(&self, commands: &mut Vec<Command>) {
+        let peers: Vec<Peer> = self.sites.values().map(|site| site.peer.clone()).collect();
+        commands.extend(self.sites.keys().map(|site| Command::Send(*site, Directive::Peers(peers.clone()))));
+    }
+
+    fn reported(&mut self, site: SiteId, report: Report, commands: &mut Vec<Command>) {
+        match report {
+            Report::Ready { round, state_hash, tokens_per_second } => {
+                self.ready(site, (round, state_hash), tokens_per_second, commands);
+            }
+            Report::Computed { round, contribution } => self.computed(site, round, contribution, commands),
+            Report::Holds { round, from } => {
+                if let Some(open) = self.open.iter_mut().find(|open| open.plan.round == round) {
+                    open.hold(site, from);
+                }
+            }
+            Report::Applied { round, state_hash } => self.applied(site, round, state_hash, commands),
+            Report::Leave { reason } => self.remove(site, reason, commands),
+            Report::Device(device) => commands.push(Command::Note(Note::SiteDevice { site, device: device.clipped() })),
+        }
+    }
+
+    fn ready(&mut self, id: SiteId, held: (Round, ContentHash), tokens_per_second: f64, commands: &mut Vec<Command>) {
+        if !(tokens_per_second.is_finite() && tokens_per_second > 0.0) {
+            return self.drop_site(id, LeaveReason::Misbehaved, commands);
+        }
+        if let Some(site) = self.sites.get_mut(&id) {
+            site.held = Some(held);
+            site.speed = Speed::new(tokens_per_second);
+            commands.push(Command::Note(Note::SiteReady { site: id, tokens_per_second }));
+        }
+    }
+
+    fn applied(&mut self, id: SiteId, round: Round, state_hash: ContentHash, commands: &mut Vec<Command>) {
+        let last = self.last().commit.round;
+        let Some(site) = self.sites.get_mut(&id) else { return };
+        let Some(since) = site.since else { return };
+        if round <= since.max(site.applied) || round > last {
+            return self.drop_site(id, LeaveReason::Misbehaved, commands);
+        }
+        site.applied = round;
+        self.votes.entry(round).or_default().insert(id, state_hash);
+    }
+
+    fn computed(&mut self, id: SiteId, round: Round, contribution: Contribution, commands: &mut Vec<Command>) {
+        let Some(site) = self.sites.get_mut(&id) else { return };
+        // A round that was abandoned meanwhile is owed by nobody.
+        let Some(samples) = site.owed.remove(&round) else { return };
+        let tokens = samples * self.settings.sequence_length;
+        let honest = contribution.tokens == tokens
+            && contribution.loss_nats.is_finite()
+            && contribution.compute_seconds.is_finite()
+            && contribution.compute_seconds >= 0.0;
+        let open = self.open.iter_mut().find(|open| open.plan.round == round);
+        if !honest || open.as_ref().is_some_and(|open| open.delta_bytes != contribution.delta_bytes) {
+            return self.drop_site(id, LeaveReason::Misbehaved, commands);
+        }
+        site.trained_tokens += tokens;
+        if tokens > 0 && contribution.compute_seconds >= COMPUTE_SECONDS_MIN {
+            site.speed.newest = tokens as f64 / contribution.compute_seconds;
+        }
+        commands.push(Command::Note(Note::Computed { site: id, round, contribution }));
+        // Too late for its round: what it has learnt comes with its next delta.
+        let Some(open) = open else { return };
+        let merged = site.merged_tokens.get(&open.plan.fragment.index).copied().unwrap_or(0);
+        let (trained_tokens, weight) = (site.trained_tokens, site.trained_tokens - merged);
+        open.deliver(id, Delivery { contribution, trained_tokens, weight });
+        let directive = Self::delta_ready(open, id);
+        let others = self.sites.iter().filter(|(other, site)| **other != id && site.since.is_some());
+        commands.extend(others.map(|(other, _)| Command::Send(*other, directive.clone())));
+    }
+
+    fn delta_ready(open: &OpenRound, site: SiteId) -> Directive {
+        let contributor = open.contributor(site);
+        Directive::DeltaReady { term: open.plan.term, round: open.plan.round, contributor }
+    }
+
+    fn drop_site(&mut self, site: SiteId, reason: LeaveReason, commands: &mut Vec<Command>) {
+        commands.push(Command::Send(site, Directive::Dropped { reason }));
+        self.remove(site, reason, commands);
+    }
+
+    fn remove(&mut self, id: SiteId, reason: LeaveReason, commands: &mut Vec<Command>) {
+        if self.sites.remove(&id).is_none() {
+            return;
+        }
+        self.votes.values_mut().for_each(|votes| {
+            votes.remove(&id);
+        });
+        commands.push(Command::Note(Note::SiteLeft { site: id, reason }));
+        let others = self.current();
+        let mut kept = Round(0);
+        for open in &mut self.open {
+            if open.remove(id, &others, reason == LeaveReason::Diverged) {
+                kept = open.plan.round;
+            }
+        }
+        // A delta that stays holds what was learnt in the rounds before it as well.
+        for round in self.ledger.rounds_leased(id).into_iter().filter(|round| *round > kept) {
+            self.ledger.give_back(round, id);
+        }
+        self.tell_peers(commands);
+    }
+
+    fn enforce_deadline(&mut self, now: f64, commands: &mut Vec<Command>) {
+        self.drop_the_hopeless(commands);
+        let Some(front) = self.open.front() else { return };
+        if now <= front.deadline {
+            return;
+        }
+        let missing = front.missing();
+        for site in &missing {
+            self.drop_site(*site, LeaveReason::TooSlow, commands);
+        }
+        for site in self.current() {
+            let Some(front) = self.open.front() else { return };
+            if !front.holds_all(site) {
+                self.drop_site(site, LeaveReason::DeltasMissing, commands);
+            }
+        }
+    }
+
+    /// A site so far behind that nobody has the deltas any more that it lacks must fetch a state.
+    fn drop_the_hopeless(&mut self, commands: &mut Vec<Command>) {
+        let last = self.last().commit.round;
+        let kept = self.rounds_kept();
+        for site in self.current() {
+            let Some(Site { since: Some(since), applied, owed, .. }) = self.sites.get(&site) else { continue };
+            let behind = last.0.saturating_sub(applied.max(since).0);
+            if behind > kept {
+                let slow = owed.keys().next().is_some_and(|round| *round <= last);
+                let reason = if slow { LeaveReason::TooSlow } else { LeaveReason::DeltasMissing };
+                self.drop_site(site, reason, commands);
+            }
+        }
+    }
+
+    fn rounds_kept(&self) -> u64 {
+        let delta_bytes = self.settings.delta_bytes(self.last().commit.fragment);
+        self.settings.rounds_kept(delta_bytes, self.current().len())
+    }
+
+    /// Takes every step that has become possible.
+    fn advance(&mut self, now: f64, commands: &mut Vec<Command>) {
+        self.agree(commands);
+        self.place_newcomers(commands);
+        while let Some(contributors) = self.closing(now) {
+            self.commit(&contributors, now, commands);
+            // A plan goes out before the next commit: where a commit takes effect must not depend on which was heard first.
+            self.begin_all(now, commands);
+        }
+        self.abandon_without_workers(commands);
+        self.begin_all(now, commands);
+        self.finish(commands);
+    }
+
+    /// Settles what the state after each commit is, once every site that was sent it has said what it holds (I1).
+    fn agree(&mut self, commands: &mut Vec<Command>) {
+        while let Some(index) = self.history.iter().position(|committed| committed.state_hash.is_none()) {
+            let round = self.history[index].commit.round;
+            let votes = self.votes.get(&round).cloned().unwrap_or_default();
+            let voters = self.sites.iter().filter(|(_, site)| site.since.is_some_and(|since| since < round));
+            let all_said = voters.map(|(id, _)| votes.contains_key(id)).reduce(|all, said| all && said);
+            if all_said != Some(true) {
+                return;
+            }
+            self.votes.remove(&round);
+            let state_hash = most_frequent(&votes);
+            self.history[index].state_hash = Some(state_hash);
+            commands.push(Command::Persist(Record::StateHash { round, state_hash }));
+            for (site, found) in votes.into_iter().filter(|(_, found)| *found != state_hash) {
+                commands.push(Command::Note(Note::Diverged { site, round, expected: state_hash, found }));
+                self.drop_site(site, LeaveReason::Diverged, commands);
+            }
+            commands.push(Command::Note(Note::Agreed { round, state_hash }));
+        }
+    }
+
+    /// Lets sites take part that hold a state from which they can follow, and sends the others to fetch one.
+    fn place_newcomers(&mut self, commands: &mut Vec<Command>) {
+        if self.started && self.open.is_empty() && self.current().is_empty() {
+            self.started = false;
+        }
+        if !self.started {
+            let ready = self.sites.values().filter(|site| site.held.is_some()).count();
+            if ready < self.settings.sites as usize {
+                return;
+            }
+            self.started = true;
+            self.roll_back_to_what_is_held(commands);
+            self.started_at = self.last().commit.round;
+        }
+        let waiting: Vec<(SiteId, (Round, ContentHash))> = self
+            .sites
+            .iter()
+            .filter(|(_, site)| site.since.is_none())
+            .filter_map(|(id, site)| site.held.map(|held| (*id, held)))
+            .collect();
+        for (id, (round, state_hash)) in &waiting {
+            if self.can_follow_from(*round, *state_hash) {
+                self.place(*id, *round, commands);
+            }
+        }
+        let from = self.current();
+        let settled = self.history.iter().rev().find_map(|committed| Some((&committed.commit, committed.state_hash?)));
+        let Some((commit, state_hash)) = settled.filter(|_| !from.is_empty()) else { return };
+        for (id, site) in self.sites.iter_mut().filter(|(_, site)| site.since.is_none()) {
+            // Asked once; it reports `Ready` again when it has the state, or when it could not get it.
+            if site.held.take().is_some() {
+                let directive = Directive::FetchState { commit: commit.clone(), state_hash, from: from.clone() };
+                commands.push(Command::Send(*id, directive));
+            }
+        }
+    }
+
+    /// Whether the deltas of all commits after that state can still be fetched from some site.
+    fn can_follow_from(&self, round: Round, state_hash: ContentHash) -> bool {
+        let last = self.last().commit.round;
+        let known = self.history.iter().rev().find(|committed| committed.commit.round == round);
+        let kept = round == last || (round >= self.started_at && last.0 - round.0 <= self.rounds_kept() / 2);
+        kept && known.is_some_and(|committed| committed.state_hash == Some(state_hash))
+    }
+
+    /// Tells a site that becomes current what it must follow: commits since its state, then the rounds that are open, in which it
+    /// has no part.
+    fn place(&mut self, id: SiteId, round: Round, commands: &mut Vec<Command>) {
+        let Some(site) = self.sites.get_mut(&id) else { return };
+        (site.since, site.applied) = (Some(round), round);
+        let newer = self.history.iter().filter(|committed| committed.commit.round > round);
+        commands.extend(newer.map(|committed| Command::Send(id, Directive::Commit(committed.commit.clone()))));
+        for open in &self.open {
+            let mut plan = open.plan.clone();
+            // What it delivered before it left and came back still counts, but is not to be done again.
+            plan.assignments.retain(|assignment| assignment.site != id);
+            commands.push(Command::Send(id, Directive::Begin(plan)));
+            let ready = open.deliveries.keys().map(|from| Command::Send(id, Self::delta_ready(open, *from)));
+            commands.extend(ready);
+        }
+    }
+
+    fn roll_back_to_what_is_held(&mut self, commands: &mut Vec<Command>) {
+        let from = self.last().commit.round;
+        let is_held = |committed: &&Committed| {
+            self.sites.values().filter_map(|site| site.held).any(|(round, hash)| {
+                // A commit whose state nobody had confirmed when the coordinator stopped is settled by who holds it.
+                committed.commit.round == round && committed.state_hash.is_none_or(|known| known == hash)
+            })
+        };
+        let newest = self.history.iter().rev().find(is_held);
+        let to = newest.map_or(Round(0), |committed| committed.commit.round);
+        if to < from {
+            self.history.retain(|committed| committed.commit.round <= to);
+            self.go_on_from_last();
+            // Rounds will be committed again under the same numbers: the new term tells them apart.
+            self.term = Term(self.term.0 + 1);
+            commands.push(Command::Persist(Record::RolledBack { to }));
+            commands.push(Command::Persist(Record::TermStarted { term: self.term }));
+            commands.push(Command::Note(Note::RolledBack { from, to }));
+        }
+        self.votes.clear();
+        if self.last().state_hash.is_none() {
+            let held: Vec<_> = self.sites.values().filter_map(|site| site.held).collect();
+            if let Some((round, state_hash)) = held.into_iter().find(|(round, _)| *round == to) {
+                if let Some(last) = self.history.last_mut() {
+                    last.state_hash = Some(state_hash);
+                }
+                commands.push(Command::Persist(Record::StateHash { round, state_hash }));
+            }
+        }
+        // Nobody can be asked any more what an older one was.
+        self.history.retain(|committed| committed.state_hash.is_some());
+    }
+
+    /// The contributors with which the oldest open round closes now, if it does.
+    fn closing(&mut self, now: f64) -> Option<Vec<SiteId>> {
+        let current = self.current();
+        let SyncSection { quorum, grace_seconds, .. } = self.settings.sync;
+        let front = self.open.front_mut()?;
+        if current.is_empty() || front.deliveries.is_empty() {
+            return None;
+        }
+        // What misses the last round of its fragment would never be merged.
+        let is_last = front.plan.first_step + front.plan.steps >= self.settings.steps_total;
+        let quorum = if is_last { 1.0 } else { quorum };
+        let enough = front.quorum(quorum);
+        if front.deliveries.len() >= enough {
+            front.quorum_since.get_or_insert(now);
+        }
+        let waited = front.quorum_since.map_or(0.0, |since| now - since);
+        if front.is_complete(&current) {
+            self.grace.observe(waited);
+            return Some(front.deliveries.keys().copied().collect());
+        }
+        let late = front.quorum_since.is_some() && waited >= self.grace.window(front.overlap_seconds, grace_seconds);
+        if quorum < 1.0 && late { front.common(&current, enough) } else { None }
+    }
+
+    fn commit(&mut self, contributors: &[SiteId], now: f64, commands: &mut Vec<Command>) {
+        let Some(open) = self.open.pop_front() else { return };
+        let RoundPlan { round, first_step, steps, fragment, .. } = open.plan;
+        for site in contributors {
+            self.ledger.commit_through(round, *site);
+            if let Some(site) = self.sites.get_mut(site) {
+                site.merged_tokens.insert(fragment.index, open.deliveries[&site.peer.site].trained_tokens);
+            }
+        }
+        self.name_stragglers(&open, contributors, now, commands);
+        let contributors = contributors.iter().map(|site| open.contributor(*site)).collect();
+        let (cursor, samples) = (self.ledger.cursor(), self.ledger.totals().committed);
+        let step = first_step + steps;
+        let commit = Commit { term: self.term, round, fragment, contributors, cursor, step, samples };
+        let committed = Committed { commit: commit.clone(), ledger: self.ledger.clone(), state_hash: None };
+        commands.push(Command::Persist(Record::Committed(Box::new(committed.clone()))));
+        self.history.push(committed);
+        let current = self.current();
+        commands.extend(current.into_iter().map(|site| Command::Send(site, Directive::Commit(commit.clone()))));
+        let (seconds, totals) = (now - open.began, self.ledger.totals());
+        commands.push(Command::Note(Note::Committed { commit, seconds, totals }));
+    }
+
+    fn name_stragglers(&self, open: &OpenRound, contributors: &[SiteId], now: f64, commands: &mut Vec<Command>) {
+        let waited_seconds = open.quorum_since.map_or(0.0, |since| now - since);
+        for site in open.workers().filter(|site| !contributors.contains(site)) {
+            let silent = self.sites.get(&site).is_none_or(|site| now - site.heard > SILENCE_SECONDS);
+            let reason = match open.deliveries.contains_key(&site) {
+                true => Lateness::SlowLink,
+                false if silent => Lateness::Silent,
+                false => Lateness::SlowCompute,
+            };
+            let round = open.plan.round;
+            commands.push(Command::Note(Note::Straggler { site, round, reason, waited_seconds }));
+        }
+    }
+
+    /// Begins anew where nobody works any more for the round that must commit next.
+    fn abandon_without_workers(&mut self, commands: &mut Vec<Command>) {
+        let Some(front) = self.open.front() else { return };
+        if !front.plan.assignments.is_empty() && !self.current().is_empty() {
+            return;
+        }
+        let round = front.plan.round;
+        for open in std::mem::take(&mut self.open) {
+            let workers: Vec<SiteId> = open.workers().collect();
+            for site in workers {
+                self.ledger.give_back(open.plan.round, site);
+            }
+        }
+        self.flushes = self.flushes_committed();
+        self.sites.values_mut().for_each(|site| site.owed.retain(|owed, _| *owed < round));
+        commands.push(Command::Note(Note::RoundAbandoned { round }));
+    }
+
+    fn begin_all(&mut self, now: f64, commands: &mut Vec<Command>) {
+        while matches!(self.phase, Phase::Working) && self.begin(now, commands) {}
+    }
+
+    /// Plans the next round, where one is wanted now; false where none is.
+    fn begin(&mut self, now: f64, commands: &mut Vec<Command>) -> bool {
+        let (last, planned_steps) = match self.open.back() {
+            Some(open) => (open.plan.round, open.plan.first_step + open.plan.steps),
+            None => (self.last().commit.round, self.last().commit.step),
+        };
+        let fragments = self.settings.sync.fragments;
+        let all_planned = planned_steps >= self.settings.steps_total && self.flushes + 1 >= fragments;
+        if self.stopping || (self.started && all_planned) {
+            if self.open.is_empty() {
+                self.phase = Phase::Finishing(BTreeSet::new());
+            }
+            return false;
+        }
+        let current = self.current();
+        let too_few = last == Round(0) && current.len() < self.settings.sites as usize;
+        if !self.started || current.is_empty() || too_few || self.open.len() as u64 > self.lookahead() {
+            return false;
+        }
+        let round = last.next();
+        let steps = self.settings.steps_per_round.min(self.settings.steps_total - planned_steps);
+        self.flushes = if steps == 0 { self.flushes + 1 } else { 0 };
+        let plan = RoundPlan {
+            term: self.term,
+            round,
+            first_step: planned_steps,
+            steps,
+            fragment: FragmentPlan {
+                index: fragment_of(round, fragments),
+                count: fragments,
+                codec: self.settings.sync.codec,
+            },
+            effects: schedule::effects(round, self.settings.steps_per_round, self.settings.sync.overlap_steps),
+            assignments: self.assign(round, steps, &current, commands),
+        };
+        if plan.assignments.is_empty() {
+            return false;
+        }
+        self.open_round(plan, &current, now, commands);
+        true
+    }
+
+    /// Divides the samples of a round.
+    fn assign(&mut self, round: Round, steps: u64, current: &[SiteId], commands: &mut Vec<Command>) -> Vec<Assignment> {
+        // A site with rounds of work before it is given no more.
+        let busy = self.lookahead() as usize + 1;
+        let able: Vec<SiteId> =
+            current.iter().copied().filter(|site| self.sites.get(site).is_some_and(|s| s.owed.len() <= busy)).collect();
+        if steps == 0 {
+            let idle = |site| Assignment { site, samples: 0, steps: 0, lease: Vec::new(), share: 0.0 };
+            able.iter().for_each(|site| self.owe(*site, round, 0));
+            return able.into_iter().map(idle).collect();
+        }
+        let weights = self.weigh(&able, commands);
+        let samples_total = self.settings.batch_samples * steps;
+        let mut assignments = Vec::new();
+        for (site, portion) in able.iter().zip(portions(self.settings.batch_samples, steps, &weights)) {
+            if portion.samples > 0 {
+                self.owe(*site, round, portion.samples);
+                let lease = self.ledger.lease(round, *site, portion.samples);
+                let share = portion.samples as f64 / samples_total as f64;
+                assignments.push(Assignment {
+                    site: *site,
+                    samples: portion.samples,
+                    steps: portion.steps,
+                    lease,
+                    share,
+                });
+            }
+        }
+        assignments
+    }
+
+    fn owe(&mut self, site: SiteId, round: Round, samples: u64) {
+        if let Some(site) = self.sites.get_mut(&site) {
+            site.owed.insert(round, samples);
+        }
+    }
+
+    fn open_round(&mut self, plan: RoundPlan, current: &[SiteId], now: f64, commands: &mut Vec<Command>) {
+        commands.extend(current.iter().map(|site| Command::Send(*site, Directive::Begin(plan.clone()))));
+        commands.push(Command::Note(Note::RoundStarted(plan.clone())));
+        let seconds = |assignment: &Assignment| {
+            let tokens = (assignment.samples * self.settings.sequence_length) as f64;
+            self.sites.get(&assignment.site).map_or(0.0, |site| tokens / site.speed.newest)
+        };
+        let (slowest, fastest) = plan
+            .assignments
+            .iter()
+            .map(seconds)
+            .fold((0.0, f64::INFINITY), |(slowest, fastest): (f64, f64), s| (slowest.max(s), fastest.min(s)));
+        let overlap = self.settings.sync.overlap_steps as f64 / plan.steps.max(1) as f64;
+        // Rounds that are open before this one come first.
+        let expected = slowest * (self.open.len() + 1) as f64;
+        let deadline = now + DEADLINE_FACTOR * expected + self.settings.sync.deadline_seconds;
+        let delta_bytes = self.settings.delta_bytes(plan.fragment);
+        self.open.push_back(OpenRound::new(plan, delta_bytes, now, deadline, overlap * fastest));
+    }
+
+    /// Weight of each current site: as configured, or its measured speed, kept until the parts have moved enough.
+    fn weigh(&mut self, current: &[SiteId], commands: &mut Vec<Command>) -> Vec<f64> {
+        if !self.settings.sync.shares.is_empty() {
+            let configured = |site: &SiteId| self.settings.sync.shares.get(site.0 as usize).copied().unwrap_or(1.0);
+            return current.iter().map(configured).collect();
+        }
+        let mut speeds: Vec<Speed> = current.iter().map(|site| self.sites[site].speed).collect();
+        let in_use: Vec<f64> = current.iter().filter_map(|site| self.weights.get(site).copied()).collect();
+        let moved = follow(&mut speeds, &in_use);
+        for (site, speed) in current.iter().zip(&speeds) {
+            if let Some(site) = self.sites.get_mut(site) {
+                site.speed = *speed;
+            }
+        }
+        let measured: Vec<f64> = speeds.iter().map(|speed| speed.believed).collect();
+        if in_use.len() == self.weights.len() && !moved {
+            return in_use;
+        }
+        self.weights = current.iter().copied().zip(measured.iter().copied()).collect();
+        let weights = current.iter().copied().zip(measured.iter().copied()).collect();
+        commands.push(Command::Note(Note::SharesMoved { weights }));
+        measured
+    }
+
+    fn finish(&mut self, commands: &mut Vec<Command>) {
+        let (round, state_hash) = (self.last().commit.round, self.last().state_hash);
+        let Phase::Finishing(told) = &mut self.phase else { return };
+        if self.sites.is_empty() {
+            commands.push(Command::Done);
+            return;
+        }
+        let Some(state_hash) = state_hash else { return };
+        let (holders, others): (Vec<SiteId>, Vec<SiteId>) =
+            self.sites.keys().copied().partition(|site| self.sites[site].since.is_some());
+        if holders.is_empty() {
+            // Nobody is left to give the final state to those who were still on their way.
+            for site in others {
+                self.drop_site(site, LeaveReason::Finished, commands);
+            }
+            commands.push(Command::Done);
+            return;
+        }
+        let untold = holders.into_iter().filter(|site| told.insert(*site));
+        commands.extend(untold.map(|site| Command::Send(site, Directive::Finish { round, state_hash })));
+    }
+}
+
+/// The hash that most sites hold; among equals that of the lowest site id.
+fn most_frequent(votes: &BTreeMap<SiteId, ContentHash>) -> ContentHash {
+    let mut counts: BTreeMap<ContentHash, usize> = BTreeMap::new();
+    for hash in votes.values() {
+        *counts.entry(*hash).or_default() += 1;
+    }
+    let first = votes.values().next().copied().unwrap_or_default();
+    counts.iter().fold(first, |best, (hash, count)| if *count > counts[&best] { *hash } else { best })
+}

@@ -1,0 +1,196 @@
+//! A round between its plan and its commit: who has delivered, who holds what, and when that is enough.
+
+use crate::plan::{Contribution, Contributor, RoundPlan};
+use base::SiteId;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What a site has delivered for a round.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Delivery {
+    pub(super) contribution: Contribution,
+    /// Tokens that the site had trained on since it joined, when it took the snapshot.
+    pub(super) trained_tokens: u64,
+    /// Those of them that no merged delta of this fragment holds yet.
+    pub(super) weight: u64,
+}
+
+/// A round that is not committed yet.
+#[derive(Debug, Clone)]
+pub(super) struct OpenRound {
+    pub(super) plan: RoundPlan,
+    /// Size of each delta.
+    pub(super) delta_bytes: u64,
+    pub(super) began: f64,
+    /// Sites that have not delivered by then are dropped.
+    pub(super) deadline: f64,
+    /// Time from the fastest site's snapshot until it needs the merge.
+    pub(super) overlap_seconds: f64,
+    /// Since when a quorum has delivered.
+    pub(super) quorum_since: Option<f64>,
+    pub(super) deliveries: BTreeMap<SiteId, Delivery>,
+    holds: BTreeMap<SiteId, BTreeSet<SiteId>>,
+}
+
+impl OpenRound {
+    pub(super) fn new(plan: RoundPlan, delta_bytes: u64, began: f64, deadline: f64, overlap_seconds: f64) -> Self {
+        let (deliveries, holds) = (BTreeMap::new(), BTreeMap::new());
+        Self { plan, delta_bytes, began, deadline, overlap_seconds, quorum_since: None, deliveries, holds }
+    }
+
+    /// What a commit says of a site that has delivered.
+    pub(super) fn contributor(&self, site: SiteId) -> Contributor {
+        let Delivery { contribution, weight, .. } = self.deliveries[&site];
+        let Contribution { delta_hash, delta_bytes, .. } = contribution;
+        Contributor { site, tokens: weight, delta_hash, delta_bytes }
+    }
+
+    /// Sites that work in this round.
+    pub(super) fn workers(&self) -> impl Iterator<Item = SiteId> + '_ {
+        self.plan.assignments.iter().map(|assignment| assignment.site)
+    }
+
+    /// Those of them that have not delivered.
+    pub(super) fn missing(&self) -> Vec<SiteId> {
+        self.workers().filter(|site| !self.deliveries.contains_key(site)).collect()
+    }
+
+    /// Sites that are enough for a commit.
+    pub(super) fn quorum(&self, part: f64) -> usize {
+        let workers = self.plan.assignments.len();
+        ((workers as f64 * part).ceil() as usize).clamp(1, workers.max(1))
+    }
+
+    pub(super) fn deliver(&mut self, site: SiteId, delivery: Delivery) {
+        self.deliveries.insert(site, delivery);
+        self.holds.entry(site).or_default().insert(site);
+    }
+
+    /// `site` holds the delta of `from`.
+    pub(super) fn hold(&mut self, site: SiteId, from: SiteId) {
+        if self.deliveries.contains_key(&from) {
+            self.holds.entry(site).or_default().insert(from);
+        }
+    }
+
+    pub(super) fn holds(&self, site: SiteId, from: SiteId) -> bool {
+        self.holds.get(&site).is_some_and(|held| held.contains(&from))
+    }
+
+    /// Whether `site` holds every delta that was delivered.
+    pub(super) fn holds_all(&self, site: SiteId) -> bool {
+        self.deliveries.keys().all(|from| self.holds(site, *from))
+    }
+
+    /// Every worker has delivered, and every current site holds every delta.
+    pub(super) fn is_complete(&self, current: &[SiteId]) -> bool {
+        self.missing().is_empty() && current.iter().all(|site| self.holds_all(*site))
+    }
+
+    /// Forgets a site that left. Its delta stays where every other current site holds it, unless `distrusted`. True where
+    /// it stays.
+    pub(super) fn remove(&mut self, site: SiteId, others: &[SiteId], distrusted: bool) -> bool {
+        let stays = !distrusted
+            && self.deliveries.contains_key(&site)
+            && !others.is_empty()
+            && others.iter().all(|other| self.holds(*other, site));
+        if !stays {
+            self.deliveries.remove(&site);
+            self.plan.assignments.retain(|assignment| assignment.site != site);
+            self.holds.values_mut().for_each(|held| {
+                held.remove(&site);
+            });
+        }
+        self.holds.remove(&site);
+        stays
+    }
+
+    /// The deltas that a commit may name although not all sites hold all: the most that at least `quorum` current sites all
+    /// hold, so that whoever lacks one can fetch it from any of these. Among sites that hold equally many, lower ids first.
+    /// `None` where no such set holds as many deltas as the quorum.
+    pub(super) fn common(&self, current: &[SiteId], quorum: usize) -> Option<Vec<SiteId>> {
+        let held = |site: &SiteId| self.holds.get(site).map_or(0, BTreeSet::len);
+        let mut holders: Vec<SiteId> = current.to_vec();
+        holders.sort_by_key(|site| (std::cmp::Reverse(held(site)), *site));
+        let shared = |holders: &[SiteId]| -> Vec<SiteId> {
+            let by_all = |from: &&SiteId| holders.iter().all(|site| self.holds(*site, **from));
+            self.deliveries.keys().filter(by_all).copied().collect()
+        };
+        let enough = quorum.min(holders.len()).max(1);
+        // Of equally large sets the last: the one that most sites hold.
+        let sets = (enough..=holders.len()).map(|count| shared(&holders[..count]));
+        sets.filter(|set| set.len() >= quorum).max_by_key(Vec::len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{Assignment, FragmentPlan};
+    use crate::schedule::effects;
+    use base::config::Codec;
+    use base::{ContentHash, Round, Term};
+
+    fn round(sites: u32) -> OpenRound {
+        let fragment = FragmentPlan { index: 0, count: 1, codec: Codec::F32 };
+        let assign = |site| Assignment { site: SiteId(site), samples: 4, steps: 2, lease: Vec::new(), share: 0.5 };
+        let assignments = (0..sites).map(assign).collect();
+        let effects = effects(Round(1), 2, 0);
+        let plan =
+            RoundPlan { term: Term(1), round: Round(1), first_step: 0, steps: 2, fragment, effects, assignments };
+        OpenRound::new(plan, 4, 0.0, 10.0, 0.0)
+    }
+
+    fn deliver(round: &mut OpenRound, site: u32) {
+        let contribution = Contribution {
+            tokens: 1,
+            delta_hash: ContentHash::default(),
+            delta_bytes: 4,
+            loss_nats: 1.0,
+            compute_seconds: 1.0,
+        };
+        round.deliver(SiteId(site), Delivery { contribution, trained_tokens: 1, weight: 1 });
+    }
+
+    fn ids(sites: &[u32]) -> Vec<SiteId> {
+        sites.iter().map(|site| SiteId(*site)).collect()
+    }
+
+    #[test]
+    fn a_quorum_is_a_part_of_the_workers_and_at_least_one() {
+        let round = round(3);
+        assert_eq!((round.quorum(0.0), round.quorum(0.5), round.quorum(0.67), round.quorum(1.0)), (1, 2, 3, 3));
+    }
+
+    #[test]
+    fn what_one_slow_link_keeps_from_one_site_is_left_out() {
+        let mut round = round(3);
+        (0..3).for_each(|site| deliver(&mut round, site));
+        assert_eq!(round.common(&ids(&[0, 1, 2]), 2), None, "nobody holds two deltas yet");
+        for (site, from) in [(0, 1), (1, 0), (2, 0), (2, 1)] {
+            round.hold(SiteId(site), SiteId(from));
+        }
+        // 0, 1 and 2 hold the deltas of 0 and 1; that of 2 is still with 2 alone.
+        assert_eq!(round.common(&ids(&[0, 1, 2]), 2), Some(ids(&[0, 1])));
+        assert!(!round.is_complete(&ids(&[0, 1, 2])));
+    }
+
+    #[test]
+    fn of_two_sites_that_cannot_reach_each_other_the_first_goes_on() {
+        let mut round = round(2);
+        (0..2).for_each(|site| deliver(&mut round, site));
+        assert_eq!(round.common(&ids(&[0, 1]), 1), Some(ids(&[0])));
+    }
+
+    #[test]
+    fn a_delta_stays_when_its_site_leaves_only_if_all_others_hold_it() {
+        let mut held = round(3);
+        (0..3).for_each(|site| deliver(&mut held, site));
+        held.hold(SiteId(0), SiteId(2));
+        let mut lost = held.clone();
+        held.hold(SiteId(1), SiteId(2));
+        assert!(held.remove(SiteId(2), &ids(&[0, 1]), false));
+        assert!(held.deliveries.contains_key(&SiteId(2)));
+        assert!(!lost.remove(SiteId(2), &ids(&[0, 1]), false));
+        assert!(!lost.deliveries.contains_key(&SiteId(2)) && lost.plan.assignments.len() == 2);
+    }
+}

@@ -1,0 +1,86 @@
+//! The host's thread: encodes and merges beside the engine.
+//!
+//! It alone changes the global state. Jobs are done in order, which is the order of rounds: a round's own snapshot is encoded against
+//! the state before its commit.
+
+use crate::merger::Merger;
+use crate::trainer::{Progress, TrainError};
+use crate::worker::Done;
+use base::ContentHash;
+use bytes::Bytes;
+use rounds::{Commit, Contribution, RoundPlan};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
+
+/// What the host's thread is asked to do.
+pub(crate) enum HostJob {
+    /// Encode what the engine has trained.
+    Encode { plan: RoundPlan, values: Arc<Vec<f32>>, progress: Progress, abandon: Arc<AtomicBool> },
+    /// Merge the deltas of a commit, in its order.
+    Merge { commit: Commit, deltas: Vec<Bytes> },
+    /// Take over a state that was fetched.
+    Install { commit: Commit, bytes: Vec<u8> },
+    /// Plans were withdrawn: their snapshots will not be sent.
+    Withdraw,
+}
+
+/// Does jobs until there are no more, or one fails; `answer` gives false when nobody listens any more.
+pub(crate) fn run(mut merger: Merger, jobs: &std::sync::mpsc::Receiver<HostJob>, mut answer: impl FnMut(Done) -> bool) {
+    while let Ok(job) = jobs.recv() {
+        let done = match job {
+            HostJob::Encode { abandon, .. } if abandon.load(Ordering::Relaxed) => continue,
+            HostJob::Encode { plan, values, progress, abandon } => {
+                encode(&mut merger, &plan, &values, &progress, abandon)
+            }
+            HostJob::Merge { commit, deltas } => match merger.merge(&commit, &deltas) {
+                Ok(merged) => Done::Merged(merged),
+                Err(error) => Done::Failed(TrainError::Merge(error)),
+            },
+            HostJob::Install { commit, bytes } => install(&mut merger, commit, &bytes),
+            HostJob::Withdraw => {
+                merger.withdraw();
+                continue;
+            }
+        };
+        if !answer(done) {
+            return;
+        }
+    }
+}
+
+fn encode(
+    merger: &mut Merger,
+    plan: &RoundPlan,
+    values: &[f32],
+    progress: &Progress,
+    abandoned: Arc<AtomicBool>,
+) -> Done {
+    let (round, fragment) = (plan.round, plan.fragment);
+    match merger.encode(round, fragment, values) {
+        Ok(delta) => {
+            let contribution = Contribution {
+                tokens: progress.loss.tokens,
+                delta_hash: ContentHash::of(&delta),
+                delta_bytes: delta.len() as u64,
+                loss_nats: progress.loss_nats(),
+                compute_seconds: progress.compute_seconds,
+            };
+            Done::Encoded { round, fragment, delta, contribution, abandoned }
+        }
+        Err(not_finite) => Done::Failed(TrainError::NotFinite {
+            step: plan.first_step + plan.steps,
+            what: format!("delta of {}", not_finite.parameter),
+            value: f64::from(not_finite.value),
+        }),
+    }
+}
+
+fn install(merger: &mut Merger, commit: Commit, bytes: &[u8]) -> Done {
+    let round = commit.round;
+    let installed = merger.state().write().unwrap_or_else(PoisonError::into_inner).decode(commit, bytes);
+    if !installed {
+        return Done::InstallFailed;
+    }
+    merger.start_over();
+    Done::Installed { round, state_hash: ContentHash::of(bytes) }
+}
