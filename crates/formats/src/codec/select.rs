@@ -19,23 +19,33 @@ pub(super) const KEPT_MAX: usize = 64;
 const COLUMNS: usize = 64;
 const _: () = assert!(COLUMNS >= KEPT_MAX, "each column has a candidate, so there are enough");
 
-/// Magnitudes and indices that may belong to the largest, by index.
-struct Candidates {
+/// Magnitudes and indices that may belong to the largest, by index. Made once for many blocks.
+pub(super) struct Candidates {
     magnitudes: [u32; BLOCK_VALUES],
     indices: [u16; BLOCK_VALUES],
-    count: usize,
+}
+
+impl Candidates {
+    pub(super) const fn new() -> Self {
+        Self { magnitudes: [0; BLOCK_VALUES], indices: [0; BLOCK_VALUES] }
+    }
 }
 
 /// Writes the indices of the `kept` largest magnitudes, in ascending order; of equal ones the first are taken.
 ///
 /// Returns the bits of the largest magnitude of all.
 #[inline(always)]
-pub(super) fn select(values: &[f32; BLOCK_VALUES], kept: usize, indices: &mut [u16; KEPT_MAX]) -> u32 {
+pub(super) fn select(
+    values: &[f32; BLOCK_VALUES],
+    kept: usize,
+    candidates: &mut Candidates,
+    indices: &mut [u16; KEPT_MAX],
+) -> u32 {
     let maxima = column_maxima(values);
     let floor = maxima.iter().fold(u32::MAX, |least, magnitude| least.min(*magnitude));
     let largest = maxima.iter().fold(0, |most, magnitude| most.max(*magnitude));
-    let candidates = candidates_from(values, floor);
-    let magnitudes = &candidates.magnitudes[..candidates.count];
+    let count = find_candidates(values, floor, candidates);
+    let magnitudes = &candidates.magnitudes[..count];
     let (threshold, mut equal_wanted) = threshold_of(magnitudes, kept, floor, largest);
     let mut written = 0;
     for (magnitude, index) in magnitudes.iter().zip(&candidates.indices) {
@@ -63,16 +73,37 @@ fn column_maxima(values: &[f32; BLOCK_VALUES]) -> [u32; COLUMNS] {
     maxima
 }
 
+/// Gathers the values that reach `floor`, and returns how many they are.
 #[inline(always)]
-fn candidates_from(values: &[f32; BLOCK_VALUES], floor: u32) -> Candidates {
-    let mut candidates = Candidates { magnitudes: [0; BLOCK_VALUES], indices: [0; BLOCK_VALUES], count: 0 };
-    for (index, value) in (0_u16..).zip(values) {
-        let magnitude = magnitude_bits(*value);
-        candidates.magnitudes[candidates.count % BLOCK_VALUES] = magnitude;
-        candidates.indices[candidates.count % BLOCK_VALUES] = index;
-        candidates.count += usize::from(magnitude >= floor);
+fn find_candidates(values: &[f32; BLOCK_VALUES], floor: u32, candidates: &mut Candidates) -> usize {
+    let mut count = 0;
+    for (row, row_values) in values.as_chunks::<COLUMNS>().0.iter().enumerate() {
+        let mut found = columns_reaching(row_values, floor);
+        while found != 0 {
+            let column = found.trailing_zeros() as usize;
+            candidates.magnitudes[count % BLOCK_VALUES] = magnitude_bits(row_values[column % COLUMNS]);
+            candidates.indices[count % BLOCK_VALUES] = (row * COLUMNS + column) as u16;
+            count += 1;
+            found &= found - 1;
+        }
     }
-    candidates
+    count
+}
+
+/// Bit c is set where the value in column c reaches `floor`.
+#[inline(always)]
+fn columns_reaching(row: &[f32; COLUMNS], floor: u32) -> u64 {
+    let mut flags = [0_u8; COLUMNS];
+    for (flag, value) in flags.iter_mut().zip(row) {
+        *flag = u8::from(magnitude_bits(*value) >= floor);
+    }
+    let mut found = 0;
+    for (index, eight) in flags.as_chunks::<8>().0.iter().enumerate() {
+        // The product moves bit 0 of byte b to bit 56 + b; no two of its terms meet there or below.
+        let bits = u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+        found |= bits << (8 * index);
+    }
+    found
 }
 
 /// A threshold, and how many of the magnitudes equal to it belong to the `kept` largest; all larger ones do.

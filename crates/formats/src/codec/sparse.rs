@@ -11,7 +11,7 @@
 //! Everything else decodes to 0 and stays in the residual, which the caller's error feedback brings back.
 
 use super::levels::{Levels, level_value, levels_of};
-use super::select::{BLOCK_VALUES, KEPT_MAX, select};
+use super::select::{BLOCK_VALUES, Candidates, KEPT_MAX, select};
 use super::{Codec, CodecKind, DecodeError, assert_length, check_length};
 use crate::isa::{Isa, vectorised};
 
@@ -96,25 +96,26 @@ fn index_bytes(kept: usize) -> usize {
 
 vectorised! {
     fn encode_blocks(values: &mut [f32], encoded: &mut [u8]) {
+        let mut candidates = Candidates::new();
         let (blocks, rest) = values.as_chunks_mut::<BLOCK_VALUES>();
         let (encoded_blocks, encoded_rest) = encoded.as_chunks_mut::<BLOCK_BYTES>();
         for (block, encoded) in blocks.iter_mut().zip(encoded_blocks) {
-            encode_block(block, KEPT_MAX, encoded);
+            encode_block(block, KEPT_MAX, &mut candidates, encoded);
         }
         if !rest.is_empty() {
             // Zeros behind the values are never taken: there are enough values, and of equal ones the first are.
             let mut block = [0.0; BLOCK_VALUES];
             block[..rest.len()].copy_from_slice(rest);
-            encode_block(&mut block, kept_of(rest.len()), encoded_rest);
+            encode_block(&mut block, kept_of(rest.len()), &mut candidates, encoded_rest);
             rest.copy_from_slice(&block[..rest.len()]);
         }
     }
 }
 
 #[inline(always)]
-fn encode_block(values: &mut [f32; BLOCK_VALUES], kept: usize, encoded: &mut [u8]) {
+fn encode_block(values: &mut [f32; BLOCK_VALUES], kept: usize, candidates: &mut Candidates, encoded: &mut [u8]) {
     let mut indices = [0; KEPT_MAX];
-    let largest = select(values, kept, &mut indices);
+    let largest = select(values, kept, candidates, &mut indices);
     let mut magnitudes = [0.0; KEPT_MAX];
     for (magnitude, index) in magnitudes.iter_mut().zip(&indices).take(kept) {
         *magnitude = values[usize::from(*index) % BLOCK_VALUES].abs();

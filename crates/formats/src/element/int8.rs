@@ -3,6 +3,7 @@
 //! -128 is never made, so that a value and its negative have opposite codes; as an element it decodes to -128, and
 //! [the codec](crate::codec) refuses it.
 
+use super::kernel::stochastic_integer;
 use crate::isa::{Isa, vectorised};
 use crate::round::{Key, Rounding, for_each_key};
 
@@ -15,22 +16,14 @@ const ANCHOR: f32 = 12_582_912.0;
 /// Rounds to nearest even, and beyond ±127 to ±127; NaN becomes 0.
 #[inline(always)]
 pub(crate) fn nearest_int8(value: f32) -> i8 {
-    let not_nan = if value.is_nan() { 0.0 } else { value };
-    let bounded = if not_nan > INT8_MAX { INT8_MAX } else { not_nan };
-    let bounded = if bounded < -INT8_MAX { -INT8_MAX } else { bounded };
-    (bounded + ANCHOR).to_bits() as i8
+    (bounded(value) + ANCHOR).to_bits() as i8
 }
 
 #[inline(always)]
-fn stochastic_int8(value: f32, random: u32) -> i8 {
-    let not_nan = if value.is_nan() { 0.0 } else { value };
-    let bounded = if not_nan > INT8_MAX { INT8_MAX } else { not_nan };
-    let bounded = if bounded < -INT8_MAX { -INT8_MAX } else { bounded };
-    let toward_zero = bounded as i32;
-    let fraction = (bounded - toward_zero as f32).abs();
-    let uniform = (random >> 8) as i32 as f32 / (1 << 24) as f32;
-    let away = if bounded < 0.0 { -1 } else { 1 };
-    (toward_zero + if uniform < fraction { away } else { 0 }) as i8
+fn bounded(value: f32) -> f32 {
+    let number = if value.is_nan() { 0.0 } else { value };
+    let number = if number > INT8_MAX { INT8_MAX } else { number };
+    if number < -INT8_MAX { -INT8_MAX } else { number }
 }
 
 /// Encodes each value, in units of the scale that the caller divided by, to the code beside it.
@@ -69,7 +62,7 @@ vectorised! {
     fn stochastic(values: &[f32], codes: &mut [i8], key: Key, low: u32) {
         let mut index = low;
         for (code, value) in codes.iter_mut().zip(values) {
-            *code = stochastic_int8(*value, key.random(index));
+            *code = stochastic_integer(bounded(*value), key.random(index)) as i8;
             index = index.wrapping_add(1);
         }
     }

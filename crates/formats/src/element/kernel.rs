@@ -69,12 +69,23 @@ fn stochastic_magnitude<E: Element>(bits: u32, random: u32) -> u32 {
         return normal;
     }
     let is_subnormal = bits < const { normal_min::<E>() };
-    // In steps, so less than 2^M; others are set to 0, which fits an integer too.
-    let steps = if is_subnormal { f32::from_bits(bits) * const { power_of_two(-step_exponent::<E>()) } } else { 0.0 };
-    let whole = steps as i32;
+    let steps = f32::from_bits(bits) * const { power_of_two(-step_exponent::<E>()) };
+    let subnormal = stochastic_integer(steps, random);
+    if is_subnormal { subnormal as u32 } else { normal }
+}
+
+/// An integer beside `value`, the upper one with the probability of the distance from the lower one; |value| < 2^22.
+#[inline(always)]
+pub(super) fn stochastic_integer(value: f32, random: u32) -> i32 {
+    // The sum with 1.5 * 2^23 is rounded to an integer, and its low bits are that integer.
+    const ANCHOR: f32 = 12_582_912.0;
+    let anchored = value + ANCHOR;
+    let nearest = anchored - ANCHOR;
+    let is_above = nearest > value;
+    let lower = if is_above { nearest - 1.0 } else { nearest };
     let uniform = (random >> 8) as i32 as f32 * const { power_of_two(-24) };
-    let subnormal = whole as u32 + u32::from(uniform < steps - whole as f32);
-    if is_subnormal { subnormal } else { normal }
+    let is_up = uniform < value - lower;
+    (anchored.to_bits().wrapping_sub(ANCHOR.to_bits()) as i32) - i32::from(is_above) + i32::from(is_up)
 }
 
 /// The code of a value whose magnitude was rounded to `magnitude`.
