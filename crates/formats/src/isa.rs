@@ -24,6 +24,10 @@ pub(crate) enum Level {
 impl Isa {
     /// The widest one. The standard library remembers the answer: this costs a load and a branch.
     pub(crate) fn best() -> Self {
+        #[cfg(test)]
+        if let Some(chosen) = tests::CHOSEN.get() {
+            return chosen;
+        }
         #[cfg(target_arch = "x86_64")]
         {
             if has_avx512() {
@@ -34,19 +38,6 @@ impl Isa {
             }
         }
         Self(Level::Baseline)
-    }
-
-    /// All of them, for tests.
-    #[cfg(test)]
-    pub(crate) fn available() -> Vec<Self> {
-        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
-        let mut all = vec![Self(Level::Baseline)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            all.extend(has_avx2().then_some(Self(Level::Avx2)));
-            all.extend(has_avx512().then_some(Self(Level::Avx512)));
-        }
-        all
     }
 
     pub(crate) fn level(self) -> Level {
@@ -113,3 +104,39 @@ macro_rules! vectorised {
 }
 
 pub(crate) use vectorised;
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        /// What [`Isa::best`] answers on this thread.
+        pub(super) static CHOSEN: Cell<Option<Isa>> = const { Cell::new(None) };
+    }
+
+    fn available() -> Vec<Isa> {
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
+        let mut all = vec![Isa(Level::Baseline)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(has_avx2().then_some(Isa(Level::Avx2)));
+            all.extend(has_avx512().then_some(Isa(Level::Avx512)));
+        }
+        all
+    }
+
+    /// Asserts that `compute` gives the same on every instruction set of this processor, and returns it.
+    pub(crate) fn same_on_all<T: PartialEq + std::fmt::Debug>(compute: impl Fn() -> T) -> T {
+        let mut results = available().into_iter().map(|isa| {
+            CHOSEN.set(Some(isa));
+            (isa, compute())
+        });
+        let (_, first) = results.next().unwrap();
+        for (isa, result) in results {
+            assert!(result == first, "{isa:?} differs from the baseline");
+        }
+        CHOSEN.set(None);
+        first
+    }
+}

@@ -18,6 +18,17 @@ pub enum Rounding {
     },
 }
 
+impl Rounding {
+    /// The same for the values from the `offset`th on.
+    #[inline(always)]
+    pub(crate) fn skip(self, offset: usize) -> Self {
+        match self {
+            Self::NearestEven => self,
+            Self::Stochastic { seed, first } => Self::Stochastic { seed, first: first.wrapping_add(offset as u64) },
+        }
+    }
+}
+
 /// A seed's key for 2^32 consecutive indices; see [`Key::random`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Key([u32; 2]);

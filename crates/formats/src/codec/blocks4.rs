@@ -138,14 +138,15 @@ fn encode_block<F: Format4>(values: &mut [f32], encoded: &mut [u8]) {
 
 vectorised! {
     fn encode_blocks<F: Format4>(values: &mut [f32], encoded: &mut [u8]) {
-        let mut values = values.chunks_exact_mut(F::BLOCK_VALUES);
-        let mut encoded = encoded.chunks_exact_mut(F::BLOCK_BYTES);
-        for (values, encoded) in values.by_ref().zip(encoded.by_ref()) {
+        let blocks = values.len() / F::BLOCK_VALUES;
+        let (whole, rest) = values.split_at_mut(blocks * F::BLOCK_VALUES);
+        let (encoded_whole, encoded_rest) = encoded.split_at_mut(blocks * F::BLOCK_BYTES);
+        let whole = whole.chunks_exact_mut(F::BLOCK_VALUES).zip(encoded_whole.chunks_exact_mut(F::BLOCK_BYTES));
+        for (values, encoded) in whole {
             encode_block::<F>(values, encoded);
         }
-        let rest = values.into_remainder();
         if !rest.is_empty() {
-            encode_block::<F>(rest, encoded.into_remainder());
+            encode_block::<F>(rest, encoded_rest);
         }
     }
 }
@@ -163,14 +164,15 @@ fn for_each_decoded<F: Format4>(encoded: &[u8], values: &mut [f32], take: impl F
             take(value, decode_code::<F>((*code).into()) * scale);
         }
     }
-    let mut values = values.chunks_exact_mut(F::BLOCK_VALUES);
-    let mut encoded = encoded.chunks_exact(F::BLOCK_BYTES);
-    for (values, encoded) in values.by_ref().zip(encoded.by_ref()) {
+    let blocks = values.len() / F::BLOCK_VALUES;
+    let (whole, rest) = values.split_at_mut(blocks * F::BLOCK_VALUES);
+    let (encoded_whole, encoded_rest) = encoded.split_at(blocks * F::BLOCK_BYTES);
+    let whole = whole.chunks_exact_mut(F::BLOCK_VALUES).zip(encoded_whole.chunks_exact(F::BLOCK_BYTES));
+    for (values, encoded) in whole {
         block::<F>(encoded, values, &take);
     }
-    let rest = values.into_remainder();
     if !rest.is_empty() {
-        block::<F>(encoded.remainder(), rest, &take);
+        block::<F>(encoded_rest, rest, &take);
     }
 }
 

@@ -97,14 +97,13 @@ fn encode_block(values: &mut [f32], encoded: &mut [u8]) {
 
 vectorised! {
     fn encode_blocks(values: &mut [f32], encoded: &mut [u8]) {
-        let mut values = values.chunks_exact_mut(BLOCK_VALUES);
-        let mut encoded = encoded.chunks_exact_mut(BLOCK_BYTES);
-        for (values, encoded) in values.by_ref().zip(encoded.by_ref()) {
+        let (whole, rest) = values.as_chunks_mut::<BLOCK_VALUES>();
+        let (encoded_whole, encoded_rest) = encoded.split_at_mut(whole.len() * BLOCK_BYTES);
+        for (values, encoded) in whole.iter_mut().zip(encoded_whole.chunks_exact_mut(BLOCK_BYTES)) {
             encode_block(values, encoded);
         }
-        let rest = values.into_remainder();
         if !rest.is_empty() {
-            encode_block(rest, encoded.into_remainder());
+            encode_block(rest, encoded_rest);
         }
     }
 }

@@ -21,6 +21,8 @@ mod int8;
 mod levels;
 mod select;
 mod sparse;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::ops::Range;

@@ -98,8 +98,8 @@ vectorised! {
     fn encode_blocks(values: &mut [f32], encoded: &mut [u8]) {
         let mut candidates = Candidates::new();
         let (blocks, rest) = values.as_chunks_mut::<BLOCK_VALUES>();
-        let (encoded_blocks, encoded_rest) = encoded.as_chunks_mut::<BLOCK_BYTES>();
-        for (block, encoded) in blocks.iter_mut().zip(encoded_blocks) {
+        let (encoded_blocks, encoded_rest) = encoded.split_at_mut(blocks.len() * BLOCK_BYTES);
+        for (block, encoded) in blocks.iter_mut().zip(encoded_blocks.chunks_exact_mut(BLOCK_BYTES)) {
             encode_block(block, KEPT_MAX, &mut candidates, encoded);
         }
         if !rest.is_empty() {
@@ -130,7 +130,7 @@ fn encode_block(values: &mut [f32; BLOCK_VALUES], kept: usize, candidates: &mut 
     for ((code, index), magnitude) in codes.iter_mut().zip(&indices).zip(&magnitudes).take(kept) {
         let value = &mut values[usize::from(*index) % BLOCK_VALUES];
         let is_high = *magnitude > levels.boundary;
-        *code = u8::from(is_high) * HIGH | u8::from(value.is_sign_negative()) * NEGATIVE;
+        *code = if is_high { HIGH } else { 0 } | if value.is_sign_negative() { NEGATIVE } else { 0 };
         *value -= decoded[usize::from(*code) % 4];
     }
     write_block(&levels, &indices, &codes, kept, encoded);

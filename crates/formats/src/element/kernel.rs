@@ -5,8 +5,8 @@
 //! power of two whose own last bit is worth a subnormal step is rounded to nearest even, and its low bits are the code.
 
 use super::{Code, Element, Overflow, Specials};
-use crate::isa::{Isa, vectorised};
-use crate::round::{Key, Rounding, for_each_key};
+use crate::isa::vectorised;
+use crate::round::{Rounding, for_each_key};
 
 const F32_MANTISSA_BITS: u32 = 23;
 const F32_BIAS: u32 = 127;
@@ -124,51 +124,40 @@ pub(crate) fn decode_code<E: Element>(code: u32) -> f32 {
     f32::from_bits(sign | bits)
 }
 
-/// See [`super::encode`].
-pub(super) fn encode<E: Element>(
-    isa: Isa,
-    values: &[f32],
-    codes: &mut [E::Code],
-    rounding: Rounding,
-    overflow: Overflow,
-) {
+vectorised! {
+    /// See [`super::encode`].
+    pub(super) fn encode<E: Element>(
+        values: &[f32],
+        codes: &mut [E::Code],
+        rounding: Rounding,
+        overflow: Overflow,
+    ) {
+        encode_values::<E>(values, codes, rounding, overflow);
+    }
+}
+
+/// [`super::encode`], as a part of a kernel.
+#[inline(always)]
+pub(crate) fn encode_values<E: Element>(values: &[f32], codes: &mut [E::Code], rounding: Rounding, overflow: Overflow) {
     let overflow_magnitude = match (overflow, E::SPECIALS) {
         (Overflow::Special, Specials::Ieee | Specials::NanOnly) => E::MAGNITUDE_MAX + 1,
         (Overflow::Special, Specials::None) | (Overflow::Saturate, _) => E::MAGNITUDE_MAX,
     };
+    let code_of = |bits, magnitude| E::Code::from_bits(finish::<E>(bits, magnitude, overflow_magnitude));
     match rounding {
-        Rounding::NearestEven => encode_nearest::<E>(isa, values, codes, overflow_magnitude),
-        Rounding::Stochastic { seed, first } => for_each_key(seed, first, values.len(), |key, low, range| {
-            encode_stochastic::<E>(isa, &values[range.clone()], &mut codes[range], overflow_magnitude, key, low);
+        Rounding::NearestEven => {
+            for (code, value) in codes.iter_mut().zip(values) {
+                let bits = value.to_bits();
+                *code = code_of(bits, nearest_magnitude::<E>(bits & F32_MAGNITUDE));
+            }
+        }
+        Rounding::Stochastic { seed, first } => for_each_key(seed, first, values.len(), |key, mut low, range| {
+            for (code, value) in codes[range.clone()].iter_mut().zip(&values[range]) {
+                let bits = value.to_bits();
+                *code = code_of(bits, stochastic_magnitude::<E>(bits & F32_MAGNITUDE, key.random(low)));
+                low = low.wrapping_add(1);
+            }
         }),
-    }
-}
-
-vectorised! {
-    fn encode_nearest<E: Element>(values: &[f32], codes: &mut [E::Code], overflow_magnitude: u32) {
-        for (code, value) in codes.iter_mut().zip(values) {
-            let bits = value.to_bits();
-            let magnitude = nearest_magnitude::<E>(bits & F32_MAGNITUDE);
-            *code = E::Code::from_bits(finish::<E>(bits, magnitude, overflow_magnitude));
-        }
-    }
-}
-
-vectorised! {
-    fn encode_stochastic<E: Element>(
-        values: &[f32],
-        codes: &mut [E::Code],
-        overflow_magnitude: u32,
-        key: Key,
-        low: u32,
-    ) {
-        let mut index = low;
-        for (code, value) in codes.iter_mut().zip(values) {
-            let bits = value.to_bits();
-            let magnitude = stochastic_magnitude::<E>(bits & F32_MAGNITUDE, key.random(index));
-            *code = E::Code::from_bits(finish::<E>(bits, magnitude, overflow_magnitude));
-            index = index.wrapping_add(1);
-        }
     }
 }
 

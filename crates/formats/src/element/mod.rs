@@ -24,10 +24,12 @@
 
 mod int8;
 mod kernel;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use int8::nearest_int8;
 pub use int8::{INT8_MAX, decode_int8, encode_int8};
-pub(crate) use kernel::{decode_code, magnitude_bits, nearest_magnitude};
+pub(crate) use kernel::{decode_code, encode_values, magnitude_bits, nearest_magnitude};
 
 use crate::isa::Isa;
 use crate::round::Rounding;
