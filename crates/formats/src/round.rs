@@ -4,6 +4,8 @@
 //! error is zero in the mean. Its random bits are a function of (seed, index of the value), not of a state: the result
 //! does not depend on how a tensor is cut into slices or on the order in which they are coded.
 
+use std::ops::Range;
+
 /// How a value between two codes is rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rounding {
@@ -47,21 +49,35 @@ impl Key {
     }
 }
 
-/// Calls `code(key, low, range)` for the parts of `0..values` whose indices, from `first` on, share their upper halves.
-#[inline(always)]
-pub(crate) fn for_each_key(
+/// The parts of a slice whose values' indices share their upper halves: the key of each, the lower half of its first index,
+/// and where in the slice it lies. An iterator and not a function that takes a closure, which would be compiled for the baseline.
+pub(crate) struct KeyedParts {
     seed: u64,
     first: u64,
     values: usize,
-    mut code: impl FnMut(Key, u32, std::ops::Range<usize>),
-) {
-    let mut done = 0;
-    while done < values {
-        let index = first.wrapping_add(done as u64);
+    done: usize,
+}
+
+impl KeyedParts {
+    #[inline(always)]
+    pub(crate) fn new(seed: u64, first: u64, values: usize) -> Self {
+        Self { seed, first, values, done: 0 }
+    }
+}
+
+impl Iterator for KeyedParts {
+    type Item = (Key, u32, Range<usize>);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.done == self.values {
+            return None;
+        }
+        let index = self.first.wrapping_add(self.done as u64);
         let until_carry = (1 << 32) - u64::from(index as u32);
-        let run = until_carry.min((values - done) as u64) as usize;
-        code(Key::new(seed, (index >> 32) as u32), index as u32, done..done + run);
-        done += run;
+        let start = self.done;
+        self.done += until_carry.min((self.values - start) as u64) as usize;
+        Some((Key::new(self.seed, (index >> 32) as u32), index as u32, start..self.done))
     }
 }
 
@@ -104,8 +120,8 @@ mod tests {
 
     #[test]
     fn keys_change_where_the_upper_half_of_the_index_does() {
-        let mut parts = Vec::new();
-        for_each_key(7, (1 << 32) - 3, 10, |key, low, range| parts.push((key.random(low), low, range)));
+        let parts = KeyedParts::new(7, (1 << 32) - 3, 10).map(|(key, low, range)| (key.random(low), low, range));
+        let parts: Vec<_> = parts.collect();
         assert_eq!(parts[0], (Key::new(7, 0).random(u32::MAX - 2), u32::MAX - 2, 0..3));
         assert_eq!(parts[1], (Key::new(7, 1).random(0), 0, 3..10));
         assert_eq!(parts.len(), 2);

@@ -5,7 +5,7 @@
 
 use super::kernel::stochastic_integer;
 use crate::isa::{Isa, vectorised};
-use crate::round::{Key, Rounding, for_each_key};
+use crate::round::{KeyedParts, Rounding};
 
 /// The largest magnitude of a code.
 pub const INT8_MAX: f32 = 127.0;
@@ -35,9 +35,7 @@ pub fn encode_int8(values: &[f32], codes: &mut [i8], rounding: Rounding) {
     let isa = Isa::best();
     match rounding {
         Rounding::NearestEven => nearest(isa, values, codes),
-        Rounding::Stochastic { seed, first } => for_each_key(seed, first, values.len(), |key, low, range| {
-            stochastic(isa, &values[range.clone()], &mut codes[range], key, low);
-        }),
+        Rounding::Stochastic { seed, first } => stochastic(isa, values, codes, seed, first),
     }
 }
 
@@ -59,11 +57,13 @@ vectorised! {
 }
 
 vectorised! {
-    fn stochastic(values: &[f32], codes: &mut [i8], key: Key, low: u32) {
-        let mut index = low;
-        for (code, value) in codes.iter_mut().zip(values) {
-            *code = stochastic_integer(bounded(*value), key.random(index)) as i8;
-            index = index.wrapping_add(1);
+    fn stochastic(values: &[f32], codes: &mut [i8], seed: u64, first: u64) {
+        for (key, low, range) in KeyedParts::new(seed, first, values.len()) {
+            let mut index = low;
+            for (code, value) in codes[range.clone()].iter_mut().zip(&values[range]) {
+                *code = stochastic_integer(bounded(*value), key.random(index)) as i8;
+                index = index.wrapping_add(1);
+            }
         }
     }
 }

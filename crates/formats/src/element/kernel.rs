@@ -6,7 +6,7 @@
 
 use super::{Code, Element, Overflow, Specials};
 use crate::isa::vectorised;
-use crate::round::{Rounding, for_each_key};
+use crate::round::{KeyedParts, Rounding};
 
 const F32_MANTISSA_BITS: u32 = 23;
 const F32_BIAS: u32 = 127;
@@ -151,13 +151,16 @@ pub(crate) fn encode_values<E: Element>(values: &[f32], codes: &mut [E::Code], r
                 *code = code_of(bits, nearest_magnitude::<E>(bits & F32_MAGNITUDE));
             }
         }
-        Rounding::Stochastic { seed, first } => for_each_key(seed, first, values.len(), |key, mut low, range| {
-            for (code, value) in codes[range.clone()].iter_mut().zip(&values[range]) {
-                let bits = value.to_bits();
-                *code = code_of(bits, stochastic_magnitude::<E>(bits & F32_MAGNITUDE, key.random(low)));
-                low = low.wrapping_add(1);
+        Rounding::Stochastic { seed, first } => {
+            for (key, low, range) in KeyedParts::new(seed, first, values.len()) {
+                let mut index = low;
+                for (code, value) in codes[range.clone()].iter_mut().zip(&values[range]) {
+                    let bits = value.to_bits();
+                    *code = code_of(bits, stochastic_magnitude::<E>(bits & F32_MAGNITUDE, key.random(index)));
+                    index = index.wrapping_add(1);
+                }
             }
-        }),
+        }
     }
 }
 
