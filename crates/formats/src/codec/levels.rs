@@ -13,8 +13,9 @@ const TURNS_MAX: usize = 8;
 /// Lanes that are summed apart, in a fixed order: the result is the same on every machine.
 const LANES: usize = 16;
 
-/// Sums are of magnitudes / 64, so that they cannot overflow.
-const SUM_SCALE: f32 = 1.0 / KEPT_MAX as f32;
+/// Sums are of magnitudes / 128, so that they cannot overflow.
+const SUM_DIVISOR: f32 = 128.0;
+const _: () = assert!(KEPT_MAX <= 128 && KEPT_MAX.is_multiple_of(LANES));
 
 /// The two levels, as bf16 bits with `low <= high`, and the magnitude above which a value takes the high one.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,14 +31,15 @@ pub(super) fn levels_of(magnitudes: &[f32; KEPT_MAX], kept: usize) -> Levels {
     let kept_magnitudes = &magnitudes[..kept];
     let least = kept_magnitudes.iter().fold(f32::MAX, |least, magnitude| magnitude.min(least));
     let most = kept_magnitudes.iter().fold(0.0_f32, |most, magnitude| magnitude.max(most));
-    let total = sum_above(magnitudes, -1.0).0;
+    let lanes = &magnitudes[..kept.next_multiple_of(LANES)];
+    let total = sum_above(lanes, -1.0).0;
     let mut boundary = middle(least, most);
     let (mut low, mut high) = (least, most);
     for _ in 0..TURNS_MAX {
-        let (high_sum, high_count) = sum_above(magnitudes, boundary);
+        let (high_sum, high_count) = sum_above(lanes, boundary);
         let low_count = kept as f32 - high_count;
-        high = if high_count > 0.0 { high_sum * (KEPT_MAX as f32 / high_count) } else { most };
-        low = if low_count > 0.0 { (total - high_sum) * (KEPT_MAX as f32 / low_count) } else { least };
+        high = if high_count > 0.0 { high_sum * (SUM_DIVISOR / high_count) } else { most };
+        low = if low_count > 0.0 { (total - high_sum) * (SUM_DIVISOR / low_count) } else { least };
         let next = middle(low, high);
         if next == boundary {
             break;
@@ -64,14 +66,14 @@ fn middle(a: f32, b: f32) -> f32 {
     0.5 * a + 0.5 * b
 }
 
-/// Sum, divided by 64, and number of the magnitudes above `boundary`.
+/// Sum, divided by [`SUM_DIVISOR`], and number of the magnitudes above `boundary`.
 #[inline(always)]
-fn sum_above(magnitudes: &[f32; KEPT_MAX], boundary: f32) -> (f32, f32) {
+fn sum_above(magnitudes: &[f32], boundary: f32) -> (f32, f32) {
     let (mut sums, mut counts) = ([0.0_f32; LANES], [0.0_f32; LANES]);
     for part in magnitudes.as_chunks::<LANES>().0 {
         for ((sum, count), magnitude) in sums.iter_mut().zip(&mut counts).zip(part) {
             let is_above = *magnitude > boundary;
-            *sum += if is_above { *magnitude * SUM_SCALE } else { 0.0 };
+            *sum += if is_above { *magnitude * const { 1.0 / SUM_DIVISOR } } else { 0.0 };
             *count += if is_above { 1.0 } else { 0.0 };
         }
     }

@@ -1,8 +1,9 @@
 //! The largest magnitudes of a block of 4,096, exactly, in a few passes that do not branch on a value.
 //!
-//! 1. The block as 64 rows of 64: the greatest magnitude of each column. At least 64 values reach the least of these 64.
-//! 2. The values that reach it are the candidates: about 280 of Gaussian or Laplacian values, for the least of 64 maxima
-//!    of 64 draws lies at their 93rd percentile; all 4,096 when all are equal.
+//! 1. The block as rows of C columns, C no less than the entries wanted: the greatest magnitude of each column. At least C
+//!    values reach the least of these C.
+//! 2. The values that reach it are the candidates: about 280 of Gaussian or Laplacian values with C = 64, for the least of
+//!    64 maxima of 64 draws lies at their 93rd percentile; about 600 with C = 128; all 4,096 when all are equal.
 //! 3. The threshold that exactly as many candidates reach as are wanted, by bisection on the bits of the magnitudes.
 //!
 //! Magnitudes are compared as integers: the bits of an f32 without its sign are ordered as the magnitudes are, and NaN
@@ -13,11 +14,11 @@ use crate::element::magnitude_bits;
 /// Values of a block: indices take 12 bits.
 pub(super) const BLOCK_VALUES: usize = 4_096;
 
-/// Most values that are kept of one block.
-pub(super) const KEPT_MAX: usize = 64;
+/// Most values that are kept of one block, by any format.
+pub(super) const KEPT_MAX: usize = 96;
 
-const COLUMNS: usize = 64;
-const _: () = assert!(COLUMNS >= KEPT_MAX, "each column has a candidate, so there are enough");
+/// Values that are compared with the threshold at once: a bit of a word for each.
+const ROW_VALUES: usize = 64;
 
 /// Magnitudes and indices that may belong to the largest, by index. Made once for many blocks.
 pub(super) struct Candidates {
@@ -33,15 +34,16 @@ impl Candidates {
 
 /// Writes the indices of the `kept` largest magnitudes, in ascending order; of equal ones the first are taken.
 ///
-/// Returns the bits of the largest magnitude of all.
+/// Returns the bits of the largest magnitude of all. `COLUMNS` is a divisor of 4,096.
 #[inline(always)]
-pub(super) fn select(
+pub(super) fn select<const COLUMNS: usize>(
     values: &[f32; BLOCK_VALUES],
     kept: usize,
     candidates: &mut Candidates,
     indices: &mut [u16; KEPT_MAX],
 ) -> u32 {
-    let maxima = column_maxima(values);
+    debug_assert!(kept <= COLUMNS, "each column has a candidate, so there are enough");
+    let maxima = column_maxima::<COLUMNS>(values);
     let floor = maxima.iter().fold(u32::MAX, |least, magnitude| least.min(*magnitude));
     let largest = maxima.iter().fold(0, |most, magnitude| most.max(*magnitude));
     let count = find_candidates(values, floor, candidates);
@@ -63,7 +65,7 @@ pub(super) fn select(
 }
 
 #[inline(always)]
-fn column_maxima(values: &[f32; BLOCK_VALUES]) -> [u32; COLUMNS] {
+fn column_maxima<const COLUMNS: usize>(values: &[f32; BLOCK_VALUES]) -> [u32; COLUMNS] {
     let mut maxima = [0; COLUMNS];
     for row in values.as_chunks::<COLUMNS>().0 {
         for (largest, value) in maxima.iter_mut().zip(row) {
@@ -77,12 +79,12 @@ fn column_maxima(values: &[f32; BLOCK_VALUES]) -> [u32; COLUMNS] {
 #[inline(always)]
 fn find_candidates(values: &[f32; BLOCK_VALUES], floor: u32, candidates: &mut Candidates) -> usize {
     let mut count = 0;
-    for (row, row_values) in values.as_chunks::<COLUMNS>().0.iter().enumerate() {
-        let mut found = columns_reaching(row_values, floor);
+    for (row, row_values) in values.as_chunks::<ROW_VALUES>().0.iter().enumerate() {
+        let mut found = reaching_bits(row_values, floor);
         while found != 0 {
             let column = found.trailing_zeros() as usize;
-            candidates.magnitudes[count % BLOCK_VALUES] = magnitude_bits(row_values[column % COLUMNS]);
-            candidates.indices[count % BLOCK_VALUES] = (row * COLUMNS + column) as u16;
+            candidates.magnitudes[count % BLOCK_VALUES] = magnitude_bits(row_values[column % ROW_VALUES]);
+            candidates.indices[count % BLOCK_VALUES] = (row * ROW_VALUES + column) as u16;
             count += 1;
             found &= found - 1;
         }
@@ -90,10 +92,10 @@ fn find_candidates(values: &[f32; BLOCK_VALUES], floor: u32, candidates: &mut Ca
     count
 }
 
-/// Bit c is set where the value in column c reaches `floor`.
+/// Bit i is set where the i-th value reaches `floor`.
 #[inline(always)]
-fn columns_reaching(row: &[f32; COLUMNS], floor: u32) -> u64 {
-    let mut flags = [0_u8; COLUMNS];
+fn reaching_bits(row: &[f32; ROW_VALUES], floor: u32) -> u64 {
+    let mut flags = [0_u8; ROW_VALUES];
     for (flag, value) in flags.iter_mut().zip(row) {
         *flag = u8::from(magnitude_bits(*value) >= floor);
     }
