@@ -45,17 +45,21 @@ fn with_golden(arguments: &[&str], input: &[f32], check: impl FnOnce(&mut Golden
     command.arg(script).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    let mut golden = Golden(child.stdout.take().unwrap());
+    let stdout = child.stdout.take().unwrap();
     std::thread::scope(|scope| {
         scope.spawn(move || {
             for part in input.chunks(PART_VALUES) {
                 let bytes: Vec<u8> = part.iter().flat_map(|value| value.to_le_bytes()).collect();
-                stdin.write_all(&bytes).unwrap();
+                if stdin.write_all(&bytes).is_err() {
+                    return; // The script has ended; why, its status tells.
+                }
             }
         });
+        // Closed when `check` fails, so that the script and then the thread above end too.
+        let mut golden = Golden(stdout);
         check(&mut golden);
+        assert_eq!(golden.0.read_to_end(&mut Vec::new()).unwrap(), 0, "the script answers no more than was asked");
     });
-    assert_eq!(golden.0.read_to_end(&mut Vec::new()).unwrap(), 0, "the script answers no more than was asked");
     assert!(child.wait().unwrap().success());
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Levels and boundary take turns (Lloyd, IEEE Trans. Inf. Theory 1982): a level is the mean of the magnitudes on its side, the boundary
 //! the middle of the levels. It begins in the middle of the range: for heavy tails that lies nearer the best boundary than the mean.
-//! Eight turns are within 6 % of the best pair's error (`tests` below); the means of the smaller and the larger half, the
+//! Eight turns are within 6 % of the best pair's error (`codec::tests`); the means of the smaller and the larger half, the
 //! obvious choice, have 1.5 times the best pair's error on Gaussian magnitudes and more than 3 times on Student's t with 3 degrees.
 
 use super::select::KEPT_MAX;
