@@ -184,20 +184,10 @@ pub enum Codec {
     E3m0,
     /// 4 bits in blocks of 32 with a shared exponent (OCP MX).
     Mxfp4,
-    /// The 64 largest of each 4,096, in 2 bits each.
+    /// The 96 largest of each 4,096, in 2 bits each.
+    Sparse96,
+    /// The 64 largest of each 4,096, in 2 bits each (arXiv 2508.15706).
     Sparse,
-}
-
-/// How deltas get from one site to another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Exchange {
-    /// Whichever moves the fewest bytes over the busiest link; the coordinator says which and why.
-    Auto,
-    /// Every site fetches every delta from the site that made it.
-    Mesh,
-    /// Every site merges a part of the fragment for all.
-    Sharded,
 }
 
 /// `[sync]`
@@ -216,7 +206,7 @@ pub struct SyncSection {
     pub mixing: f64,
     /// Whether what a site has learnt while a fragment travelled stays in its local parameters.
     pub keep_overlapped: bool,
-    /// How deltas are coded: `f32`, `bf16`, `int8`, `e3m0`, `mxfp4` or `sparse`.
+    /// How deltas are coded: `f32`, `bf16`, `int8`, `e3m0`, `mxfp4`, `sparse96` or `sparse`.
     pub codec: Codec,
     /// Part of what coding lost that is added to the next delta.
     pub error_feedback: f64,
@@ -235,13 +225,6 @@ pub struct SyncSection {
     pub grace_seconds: f64,
     /// Longest a round may take beyond its expected time before a silent site is dropped, seconds.
     pub deadline_seconds: f64,
-    /// How deltas travel: `auto`, `mesh` or `sharded`.
-    pub exchange: Exchange,
-    /// Where deltas are left for others, if sites can only dial out: `s3://BUCKET/PREFIX` or `file:///FOLDER`. Empty: sites fetch
-    /// from one another.
-    pub store: String,
-    /// Whether H, fragments, overlap and codec follow the measured links. `streaming` only.
-    pub adaptive: bool,
 }
 
 impl Default for SyncSection {
@@ -262,9 +245,6 @@ impl Default for SyncSection {
             quorum: 1.0,
             grace_seconds: 20.0,
             deadline_seconds: 60.0,
-            exchange: Exchange::Auto,
-            store: String::new(),
-            adaptive: false,
         }
     }
 }
@@ -478,7 +458,7 @@ impl RunConfig {
 
     /// What the keys of `[sync]` must be to one another.
     fn validate_sync(&self) -> Result<(), ConfigError> {
-        let SyncSection { strategy, inner_steps, fragments, overlap_steps, adaptive, .. } = self.sync;
+        let SyncSection { strategy, inner_steps, fragments, overlap_steps, .. } = self.sync;
         let refuse = |field: &str, reason: String| Err(ConfigError::Value { field: format!("[sync] {field}"), reason });
         if strategy != Strategy::Streaming {
             let name = strategy.name();
@@ -489,7 +469,6 @@ impl RunConfig {
                 () if overlap_steps != 0 => {
                     refuse("overlap_steps", format!("{overlap_steps} needs strategy streaming, not {name}"))
                 }
-                () if adaptive => refuse("adaptive", format!("needs strategy streaming, not {name}")),
                 () => Ok(()),
             };
         }

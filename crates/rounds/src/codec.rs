@@ -11,6 +11,7 @@ pub fn codec(codec: Codec) -> &'static dyn formats::Codec {
         Codec::Int8 => CodecKind::Int8,
         Codec::E3m0 => CodecKind::E3m0,
         Codec::Mxfp4 => CodecKind::Mxfp4,
+        Codec::Sparse96 => CodecKind::Sparse96,
         Codec::Sparse => CodecKind::Sparse,
     };
     kind.codec()

@@ -14,5 +14,6 @@ mod mixed;
 mod needs;
 mod refusals;
 mod resuming;
+mod streaming;
 #[path = "../support/mod.rs"]
 mod support;

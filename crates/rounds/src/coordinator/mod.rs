@@ -607,7 +607,7 @@ impl Coordinator {
                 codec: self.settings.sync.codec,
             },
             effects: schedule::effects(round, self.settings.steps_per_round, self.settings.sync.overlap_steps),
-            assignments: self.assign(round, steps, &current, commands),
+            assignments: self.assign((round, planned_steps, steps), &current, commands),
         };
         if plan.assignments.is_empty() {
             return false;
@@ -616,12 +616,20 @@ impl Coordinator {
         true
     }
 
-    /// Divides the samples of a round.
-    fn assign(&mut self, round: Round, steps: u64, current: &[SiteId], commands: &mut Vec<Command>) -> Vec<Assignment> {
-        // A site with rounds of work before it is given no more.
-        let busy = self.lookahead() as usize + 1;
-        let able: Vec<SiteId> =
-            current.iter().copied().filter(|site| self.sites.get(site).is_some_and(|s| s.owed.len() <= busy)).collect();
+    /// Divides the samples of a round of `steps` inner steps, the first of which is number `first_step` of the run.
+    fn assign(
+        &mut self,
+        (round, first_step, steps): (Round, u64, u64),
+        current: &[SiteId],
+        commands: &mut Vec<Command>,
+    ) -> Vec<Assignment> {
+        // A site with rounds of work before it is given no more; but in the last round of a fragment everybody delivers.
+        let busy = match first_step + steps >= self.settings.steps_total {
+            true => usize::MAX,
+            false => self.lookahead() as usize + 1,
+        };
+        let is_able = |site: &SiteId| self.sites.get(site).is_some_and(|site| site.owed.len() <= busy);
+        let able: Vec<SiteId> = current.iter().copied().filter(is_able).collect();
         if steps == 0 {
             let idle = |site| Assignment { site, samples: 0, steps: 0, lease: Vec::new(), share: 0.0 };
             able.iter().for_each(|site| self.owe(*site, round, 0));
