@@ -32,7 +32,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use wire::message::{FromCoordinator, FromSite, SiteHello};
 use wire::{
     Blob, BlobClient, BlobKey, BlobRequest, Holder, Identity, IdentityError, Incoming, Invite, ListenError, Listener,
-    ListenerEvent, Purpose, Sender, Traffic,
+    ListenerEvent, Proxy, Purpose, Sender, Traffic,
 };
 
 /// A site says that it is there this often; the coordinator gives up after several are missing.
@@ -78,6 +78,8 @@ pub struct JoinOptions {
     pub listen: SocketAddr,
     /// Host under which the other sites reach this one; empty: as the coordinator sees it.
     pub advertised_host: String,
+    /// What every connection to the coordinator and to other sites is dialled through.
+    pub proxy: Option<Proxy>,
     /// Engine and device, for people.
     pub engine: String,
     /// Host threads of the engine.
@@ -228,11 +230,12 @@ pub async fn join(
         threads: options.threads as u64,
         slowdown: options.slowdown,
     };
-    let (connection, welcome) = greet(&identity, &traffic, &options.invite, hello).await?;
+    let through = (&options.invite, options.proxy.as_ref());
+    let (connection, welcome) = greet(&identity, &traffic, through, hello).await?;
     let (mut sender, receiver) = connection.split();
     let (directives_in, directives) = mpsc::channel(RESULTS_MAX);
     tokio::spawn(receive(receiver, options.invite.address().to_owned(), directives_in));
-    let client = BlobClient::new(identity, traffic.clone());
+    let client = BlobClient::through(options.proxy.clone(), identity, traffic.clone());
     let coordinator =
         Holder { address: options.invite.address().to_owned(), fingerprint: options.invite.fingerprint() };
     let fetched = fetch_run(&options.folder, &welcome, &client, &coordinator, |_| {});

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use wire::message::{FromCoordinator, Greeting, Role, RunFile, SiteHello, Welcome};
 use wire::{
-    BlobClient, BlobKey, BlobRequest, ConnectError, Connection, FetchError, Holder, Identity, Invite, Purpose,
+    BlobClient, BlobKey, BlobRequest, ConnectError, Connection, FetchError, Holder, Identity, Invite, Proxy, Purpose,
     RecvError, SendError, Traffic,
 };
 
@@ -115,11 +115,12 @@ pub(crate) fn conversation(address: &str, reason: impl ToString) -> JoinError {
 pub(crate) async fn greet(
     identity: &Identity,
     traffic: &Traffic,
-    invite: &Invite,
+    (invite, proxy): (&Invite, Option<&Proxy>),
     hello: SiteHello,
 ) -> Result<(Connection, Welcome), JoinError> {
     let address = invite.address();
-    let mut connection = wire::connect(identity, traffic, address, invite.fingerprint(), Purpose::Control).await?;
+    let connecting = wire::connect_through(proxy, identity, traffic, address, invite.fingerprint(), Purpose::Control);
+    let mut connection = connecting.await?;
     let greeting =
         Greeting { run: invite.run().to_owned(), secret: Some(invite.secret().clone()), role: Role::Site(hello) };
     connection.send(&greeting).await.map_err(|error: SendError| conversation(address, error))?;

@@ -49,6 +49,7 @@ fn options(name: usize, invite: wire::Invite, folder: RunFolder, hang: HangBound
         name: name.to_string(),
         listen: "127.0.0.1:0".parse().unwrap(),
         advertised_host: String::new(),
+        proxy: None,
         engine: "test".to_owned(),
         threads: 1,
         slowdown: 1.0,

@@ -10,6 +10,7 @@ use crate::limits::{
     CONNECT_SECONDS_MAX, HANDSHAKE_SECONDS_MAX, PROTOCOL_VERSION, SOCKET_READ_BYTES, SOCKET_WRITE_BYTES,
 };
 use crate::preamble::{self, PREAMBLE_BYTES, PreambleError, Purpose};
+use crate::proxy::{DialError, Proxy, dial};
 use crate::tls::{self, FingerprintMismatch};
 use crate::traffic::{Counted, Traffic};
 use base::{ContentHash, Hint};
@@ -117,6 +118,24 @@ pub enum ConnectError {
         /// What the system said.
         source: io::Error,
     },
+    /// No TCP connection to the proxy that was to connect us.
+    #[error("cannot reach the proxy {proxy}: {source}")]
+    ProxyUnreachable {
+        /// Which.
+        proxy: Proxy,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The proxy answers and does not connect us.
+    #[error("the proxy {proxy} does not connect to {address}: {source}")]
+    ProxyRefused {
+        /// Which.
+        proxy: Proxy,
+        /// Where to.
+        address: String,
+        /// What it said, or what is wrong with what it said.
+        source: io::Error,
+    },
     /// Nobody answered in time.
     #[error("{address} did not answer within {waited:?} ({step})")]
     Timeout {
@@ -162,6 +181,13 @@ impl Hint for ConnectError {
                 "see that `beringia serve` or the site runs there and that no firewall is between: `nc -vz {}`",
                 address.rsplit_once(':').map_or(address.clone(), |(host, port)| format!("{host} {port}"))
             )),
+            Self::ProxyUnreachable { .. } => {
+                Some("see that the proxy runs, or name another one: `--proxy socks5://HOST:PORT`".into())
+            }
+            Self::ProxyRefused { address, .. } => Some(format!(
+                "see that it is a SOCKS5 proxy without a password that may connect to {address}, and that somebody \
+                 listens there"
+            )),
             Self::Fingerprint { .. } => Some(
                 "its key has changed, or another machine answers: ask for a new invite from `beringia serve`".into(),
             ),
@@ -182,12 +208,28 @@ pub async fn connect(
     fingerprint: ContentHash,
     purpose: Purpose,
 ) -> Result<Connection, ConnectError> {
-    let waits = (Duration::from_secs(CONNECT_SECONDS_MAX), Duration::from_secs(HANDSHAKE_SECONDS_MAX));
-    connect_within(identity, traffic, address, fingerprint, purpose, waits).await
+    connect_through(None, identity, traffic, address, fingerprint, purpose).await
 }
 
-/// [`connect`] with other times for the TCP connect and for the handshake.
+/// [`connect`] through a proxy, if there is one. [`Connection::address`] is then the proxy's.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_through(
+    proxy: Option<&Proxy>,
+    identity: &Identity,
+    traffic: &Traffic,
+    address: &str,
+    fingerprint: ContentHash,
+    purpose: Purpose,
+) -> Result<Connection, ConnectError> {
+    let waits = (Duration::from_secs(CONNECT_SECONDS_MAX), Duration::from_secs(HANDSHAKE_SECONDS_MAX));
+    connect_within(proxy, identity, traffic, address, fingerprint, purpose, waits).await
+}
+
+/// [`connect_through`] with other times for the TCP connect and for the handshake.
 pub(crate) async fn connect_within(
+    proxy: Option<&Proxy>,
     identity: &Identity,
     traffic: &Traffic,
     address: &str,
@@ -196,15 +238,28 @@ pub(crate) async fn connect_within(
     (connect_max, handshake_max): (Duration, Duration),
 ) -> Result<Connection, ConnectError> {
     let late = |step, waited| ConnectError::Timeout { address: address.to_owned(), waited, step };
-    let socket = timeout(connect_max, TcpStream::connect(address))
+    let socket = timeout(connect_max, dial(proxy, address))
         .await
         .map_err(|_| late("TCP connect", connect_max))?
-        .map_err(|source| ConnectError::Unreachable { address: address.to_owned(), source })?;
+        .map_err(|error| error.into_connect_error(proxy, address))?;
     let greeting = preamble::encode(PROTOCOL_VERSION, purpose as u8);
     timeout(handshake_max, greet(identity, traffic, socket, fingerprint, greeting))
         .await
         .map_err(|_| late("handshake", handshake_max))?
         .map_err(|problem| problem.into_connect_error(address))
+}
+
+impl DialError {
+    fn into_connect_error(self, proxy: Option<&Proxy>, address: &str) -> ConnectError {
+        let address = address.to_owned();
+        match (self, proxy.cloned()) {
+            (Self::ProxyUnreachable(source), Some(proxy)) => ConnectError::ProxyUnreachable { proxy, source },
+            (Self::ProxyRefused(source), Some(proxy)) => ConnectError::ProxyRefused { proxy, address, source },
+            (Self::Unreachable(source) | Self::ProxyUnreachable(source) | Self::ProxyRefused(source), _) => {
+                ConnectError::Unreachable { address, source }
+            }
+        }
+    }
 }
 
 /// What can go wrong between an open socket and an authenticated peer.
@@ -371,7 +426,7 @@ impl Connection {
         self.sender.peer.fingerprint
     }
 
-    /// The peer's socket address.
+    /// The peer's socket address; the proxy's, if one connected us.
     pub fn address(&self) -> SocketAddr {
         self.sender.peer.address
     }

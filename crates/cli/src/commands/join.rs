@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use telemetry::log::system_unix_ms;
 use telemetry::{Event, EventLog, Record, Reporter, Watcher};
-use wire::Invite;
+use wire::{Invite, Proxy};
 
 /// Take part in a run: fetches everything, checks every hash, trains
 #[derive(Debug, clap::Args)]
@@ -30,6 +30,9 @@ pub(crate) struct Args {
     /// Host name or address under which the other sites reach this one; as the coordinator sees it unless given.
     #[arg(long, value_name = "HOST", default_value = "")]
     advertise: String,
+    /// SOCKS5 proxy for every connection that this site opens: for networks that let nothing else out.
+    #[arg(long, value_name = "socks5://HOST:PORT")]
+    proxy: Option<String>,
     /// Make every inner step take this many times as long: to try sites of unequal speed on one machine.
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     slowdown: f64,
@@ -46,6 +49,7 @@ pub(crate) struct Args {
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let invite: Invite = args.invite.parse()?;
+    let proxy = args.proxy.as_deref().map(str::parse::<Proxy>).transpose()?;
     if !(1.0..=1e4).contains(&args.slowdown) || !(0.0..=600.0).contains(&args.measure_seconds) {
         let message = "--slowdown must be 1 to 10000 and --measure-seconds 0 to 600";
         return Err(Failure::new(message, "leave them out on a real site"));
@@ -69,6 +73,7 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         name: args.name.clone(),
         listen: args.listen,
         advertised_host: args.advertise,
+        proxy,
         engine: args.engine.engine.clone(),
         threads: rayon::current_num_threads(),
         slowdown: args.slowdown,

@@ -10,13 +10,14 @@ use super::pool::Pool;
 use super::protocol::{self, ChunkReply, ChunkRequest};
 use super::transfer::{Assignment, Blame, Transfer};
 use super::tree::{self, ChunkHash};
-use crate::connection::{ConnectError, Connection, Receiver, RecvError, SendError, Sender, connect};
+use crate::connection::{ConnectError, Connection, Receiver, RecvError, SendError, Sender, connect_through};
 use crate::identity::Identity;
 use crate::limits::{
     BLOB_CHUNKS_MAX, CHUNK_BYTES_MAX, CHUNKS_IN_FLIGHT_MAX, CHUNKS_PER_STREAM_MIN, FETCH_STALL_SECONDS_MAX,
     HOLDERS_MAX, POOL_RETURN_WAIT, RETRY_PAUSE, STREAMS_MAX,
 };
 use crate::preamble::Purpose;
+use crate::proxy::Proxy;
 use crate::traffic::Traffic;
 use base::{ContentHash, Hint};
 use std::collections::HashMap;
@@ -144,6 +145,7 @@ struct Client {
     identity: Identity,
     traffic: Traffic,
     stall: Duration,
+    proxy: Option<Proxy>,
     pool: Pool,
 }
 
@@ -155,7 +157,16 @@ impl BlobClient {
 
     /// A client that gives up a stream after that long without a whole chunk.
     pub fn with_stall(identity: Identity, traffic: Traffic, stall: Duration) -> Self {
-        Self(Arc::new(Client { identity, traffic, stall, pool: Pool::default() }))
+        Self::configured(identity, traffic, stall, None)
+    }
+
+    /// A client that dials through a proxy, if there is one.
+    pub fn through(proxy: Option<Proxy>, identity: Identity, traffic: Traffic) -> Self {
+        Self::configured(identity, traffic, Duration::from_secs(FETCH_STALL_SECONDS_MAX), proxy)
+    }
+
+    fn configured(identity: Identity, traffic: Traffic, stall: Duration, proxy: Option<Proxy>) -> Self {
+        Self(Arc::new(Client { identity, traffic, stall, proxy, pool: Pool::default() }))
     }
 
     /// Bytes of all its connections.
@@ -507,7 +518,8 @@ impl StreamTask {
 
     async fn connect(&self) -> Result<Connection, ConnectError> {
         let Holder { address, fingerprint } = &self.holder;
-        connect(&self.client.identity, &self.client.traffic, address, *fingerprint, Purpose::Blob).await
+        let Client { identity, traffic, proxy, .. } = &*self.client;
+        connect_through(proxy.as_ref(), identity, traffic, address, *fingerprint, Purpose::Blob).await
     }
 
     /// Requests go out while replies come in, so that the link is never empty between two chunks.

@@ -131,7 +131,7 @@ impl Prober {
         let (address, fingerprint) = (self.invite.address(), self.invite.fingerprint());
         let wait = Duration::from_secs(PROBE_CONNECT_SECONDS_MAX);
         let connecting =
-            connect_within(&self.identity, &self.traffic, address, fingerprint, Purpose::Probe, (wait, wait));
+            connect_within(None, &self.identity, &self.traffic, address, fingerprint, Purpose::Probe, (wait, wait));
         let mut connection = connecting.await?;
         let greeting = ProbeGreeting {
             run: self.invite.run().to_owned(),

@@ -3,6 +3,7 @@
 mod blobs;
 mod messages;
 mod probes;
+mod proxies;
 mod strangers;
 
 use crate::{Connection, Identity, Listener, ListenerLimits, Purpose, Traffic, connect};
