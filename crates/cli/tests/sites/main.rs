@@ -9,6 +9,7 @@
 
 mod faults;
 mod identical;
+mod links;
 mod mixed;
 #[path = "../support/needs.rs"]
 mod needs;

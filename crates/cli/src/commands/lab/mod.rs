@@ -4,13 +4,15 @@
 //! talk over real sockets, watches the coordinator's event log, and reports. Sites are made unequal by an artificial delay
 //! (site i takes 2^i times as long for a step), so that together they ask for less than the machine has: what they lose by
 //! working together then is due to Beringia, not to a lack of cores. With `--site`, each site has the engine that is named, at
-//! the speed that it has.
+//! the speed that it has. With `--link`, what the sites say to each other goes over links of a given rate and delay.
 
 mod report;
 mod spec;
+mod wan;
 
 use self::report::{Report, TrainingSpan};
 use self::spec::SiteSpec;
+use self::wan::{LinkReport, Links, Wan};
 use crate::commands::init::{InitOptions, ModelSource, Size, create};
 use crate::failure::Failure;
 use crate::output::Output;
@@ -54,6 +56,10 @@ pub(crate) struct Args {
     /// A site of another engine, as in `--site wgpu` or `--site torch:cpu,threads=1,cores=1`; one for each site.
     #[arg(long = "site", value_name = "ENGINE[,KEY=VALUE]", conflicts_with = "sites")]
     engines: Vec<SiteSpec>,
+    /// Link between the sites, and to the coordinator: rate, round trip, jitter and loss, as in 20Mbit/s,50ms,0.1%; or a file
+    /// that names pairs (docs/lab-links.md).
+    #[arg(long, value_name = "LINK|FILE")]
+    link: Option<String>,
     /// Training time.
     #[arg(long, value_name = "M", default_value_t = 2.5)]
     minutes: f64,
@@ -83,6 +89,7 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let config = lab.make_run(&args, output)?;
     let before = lab.measure_alone(&config, output)?;
     let config = lab.plan(config, &args, &before)?;
+    let wan = lab.links.as_ref().map(|links| Wan::start(links, config.run.seed)).transpose()?;
     output.line(format_args!(
         "training   {} steps of {} samples in rounds of {}, on {} sites",
         config.train.steps,
@@ -90,10 +97,11 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         config.sync.inner_steps,
         lab.sites.len()
     ));
-    let watched = lab.train(&config, output)?;
+    let watched = lab.train(&config, wan.as_ref(), output)?;
+    let links = wan.map(|wan| wan.report()).unwrap_or_default();
     let after = lab.measure_alone(&config, output)?;
     let alone: Vec<f64> = before.iter().zip(after).map(|(before, after)| (before + after) / 2.0).collect();
-    let report = lab.report(&watched, &alone);
+    let report = lab.report(&watched, &alone, links);
     output.object(&report);
     report.print(output);
     if report.identical { Ok(()) } else { Err(Failure::new(report.verdict, "keep the folder and report it as a bug")) }
@@ -106,6 +114,8 @@ struct Lab {
     sites: Vec<SiteSpec>,
     /// Of a site that does not say how many.
     threads: usize,
+    /// What lies between the sites; nothing but loopback unless given.
+    links: Option<Links>,
 }
 
 /// What was seen while training.
@@ -199,7 +209,9 @@ impl Lab {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores / 2).max(1);
         let sites = name_sites(args)?;
-        Ok(Self { folder, measure_seconds: args.measure_seconds, binary, sites, threads })
+        let names: Vec<String> = sites.iter().map(|site| site.name.clone()).collect();
+        let links = args.link.as_ref().map(|link| wan::read_links(link, &names)).transpose()?;
+        Ok(Self { folder, measure_seconds: args.measure_seconds, binary, sites, threads, links })
     }
 
     fn run_folder(&self) -> PathBuf {
@@ -297,19 +309,26 @@ impl Lab {
     }
 
     /// Starts everybody, watches until the coordinator ends, and collects what the sites say at their end.
-    fn train(&self, config: &RunConfig, output: &Output) -> Result<Watched, Failure> {
+    fn train(&self, config: &RunConfig, wan: Option<&Wan>, output: &Output) -> Result<Watched, Failure> {
         let mut serve = Command::new(&self.binary);
         serve.arg("serve").arg(self.run_folder()).args(["--listen", "127.0.0.1:0"]);
+        if wan.is_some() {
+            serve.args(["--advertise", wan::COORDINATOR]);
+        }
         let log = self.log("coordinator");
         let mut coordinator = Process::start("the coordinator", &mut serve, &log)?;
         let invite = read_invite(&mut coordinator, &log)?;
         let mut watched = Watched::new(&self.run_folder().join(EVENTS_FILE), config, output);
         let mut sites = Vec::new();
-        for site in &self.sites {
+        for (index, site) in self.sites.iter().enumerate() {
             let mut join = self.site_command(site, &["--json", "join", &invite, "--name", &site.name]);
             join.arg("--folder").arg(self.site_folder(site)).args(["--listen", "127.0.0.1:0"]);
             join.args(site.engine_arguments(self.threads(site)));
             join.args(["--measure-seconds", &(self.measure_seconds / 2.0).to_string()]);
+            if let Some(wan) = wan {
+                // Under this name the other sites' relays know it.
+                join.args(["--advertise", &site.name, "--proxy", &wan.proxy(index)]);
+            }
             sites.push(Process::start(&site.name, &mut join, &self.log(&site.name))?);
             // One after the other: each measures its speed on a quiet machine.
             let wanted = sites.len();
@@ -361,9 +380,9 @@ impl Lab {
         }
     }
 
-    fn report(&self, watched: &Watched, alone: &[f64]) -> Report {
+    fn report(&self, watched: &Watched, alone: &[f64], links: Vec<LinkReport>) -> Report {
         let span = TrainingSpan::of(&watched.records);
-        Report::new(self, watched, &span, alone)
+        Report::new(self, watched, &span, alone, links)
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the lab found, for people and as JSON.
 
+use super::wan::LinkReport;
 use super::{Lab, Watched};
 use crate::output::Output;
 use base::ContentHash;
@@ -37,6 +38,9 @@ struct SiteReport {
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Report {
     sites: Vec<SiteReport>,
+    /// With `--link`: every direction, by pair.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    links: Vec<LinkReport>,
     rounds: u64,
     tokens: u64,
     seconds: f64,
@@ -54,7 +58,13 @@ pub(super) struct Report {
 
 impl Report {
     /// What `lab` saw, with each site's speed alone.
-    pub(super) fn new(lab: &Lab, watched: &Watched, span: &TrainingSpan, alone: &[f64]) -> Self {
+    pub(super) fn new(
+        lab: &Lab,
+        watched: &Watched,
+        span: &TrainingSpan,
+        alone: &[f64],
+        links: Vec<LinkReport>,
+    ) -> Self {
         let view = watched.watch.view();
         let tokens: u64 = span.tokens.iter().sum();
         let sites: Vec<SiteReport> = (0..lab.sites.len()).map(|index| site(lab, watched, span, alone, index)).collect();
@@ -64,6 +74,7 @@ impl Report {
         let tokens_per_second = tokens as f64 / span.seconds.max(1e-9);
         let mut report = Self {
             sites,
+            links,
             rounds: view.round.0,
             tokens,
             seconds: span.seconds,
@@ -88,6 +99,9 @@ impl Report {
         output.line("site     engine        tokens/s   alone  share   idle  of alone     sent  state");
         for site in &self.sites {
             output.line(site.line());
+        }
+        for link in &self.links {
+            output.line(link.line());
         }
         let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
         output.line(format_args!(

@@ -1,0 +1,192 @@
+//! Which link lies between whom: one for all, or a file that names pairs and directions.
+
+use super::link::LinkSpec;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+
+/// Name of the end that is no site.
+pub(super) const COORDINATOR: &str = "coordinator";
+
+/// Between two ends in a file: this direction, or both.
+const ONE_WAY: &str = "->";
+const BOTH_WAYS: &str = "<->";
+
+/// Why a connection to the coordinator is never broken.
+const NO_LOSS_TO_COORDINATOR: &str = "a site leaves the run when its connection to the coordinator breaks, so that this \
+                                      link takes a rate and a round trip, and no loss";
+
+/// The directed links of a lab. Ends are numbered: the sites in their order, then the coordinator.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Links {
+    names: Vec<String>,
+    /// By source, then destination. The diagonal is not used.
+    specs: Vec<Vec<LinkSpec>>,
+}
+
+/// A file of links.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LinksFile {
+    default: LinkSpec,
+    coordinator: Option<LinkSpec>,
+    #[serde(default)]
+    links: BTreeMap<String, LinkSpec>,
+}
+
+impl Links {
+    /// The same link everywhere, without loss to and from the coordinator.
+    pub(crate) fn uniform(text: &str, sites: &[String]) -> Result<Self, String> {
+        Ok(Self::of(text.parse()?, None, sites))
+    }
+
+    /// As a file says.
+    pub(crate) fn from_toml(text: &str, sites: &[String]) -> Result<Self, String> {
+        let file: LinksFile = toml::from_str(text).map_err(|error| error.to_string())?;
+        let to_coordinator = file.coordinator.map(|spec| refuse_loss("coordinator", spec)).transpose()?;
+        let mut links = Self::of(file.default, to_coordinator, sites);
+        let mut named = BTreeMap::new();
+        for (pair, spec) in file.links {
+            for (from, to) in links.directions(&pair)? {
+                let spec = match from.max(to) == sites.len() {
+                    true => refuse_loss(&pair, spec)?,
+                    false => spec,
+                };
+                if let Some(before) = named.insert((from, to), pair.clone()) {
+                    return Err(format!("'{before}' and '{pair}' name the same direction"));
+                }
+                links.specs[from][to] = spec;
+            }
+        }
+        Ok(links)
+    }
+
+    fn of(default: LinkSpec, coordinator: Option<LinkSpec>, sites: &[String]) -> Self {
+        let names: Vec<String> = sites.iter().cloned().chain([COORDINATOR.to_owned()]).collect();
+        let mut specs = vec![vec![default; names.len()]; names.len()];
+        let to_coordinator = coordinator.unwrap_or_else(|| default.without_loss());
+        for site in 0..sites.len() {
+            specs[site][sites.len()] = to_coordinator;
+            specs[sites.len()][site] = to_coordinator;
+        }
+        Self { names, specs }
+    }
+
+    /// The directions that a key of the file means.
+    fn directions(&self, pair: &str) -> Result<Vec<(usize, usize)>, String> {
+        let both = pair.contains(BOTH_WAYS);
+        let split = pair.split_once(if both { BOTH_WAYS } else { ONE_WAY });
+        let (from, to) = split.ok_or_else(|| format!("'{pair}' is neither 'A {ONE_WAY} B' nor 'A {BOTH_WAYS} B'"))?;
+        let (from, to) = (self.end(from.trim(), pair)?, self.end(to.trim(), pair)?);
+        match (from == to, both) {
+            (true, _) => Err(format!("'{pair}': there is no link from an end to itself")),
+            (false, true) => Ok(vec![(from, to), (to, from)]),
+            (false, false) => Ok(vec![(from, to)]),
+        }
+    }
+
+    fn end(&self, name: &str, pair: &str) -> Result<usize, String> {
+        let known = || self.names.join(", ");
+        let index = self.names.iter().position(|known| known == name);
+        index.ok_or_else(|| format!("'{pair}': there is no '{name}'; this lab has {}", known()))
+    }
+
+    /// Names of the ends: the sites, then the coordinator.
+    pub(super) fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    pub(super) fn spec(&self, from: usize, to: usize) -> LinkSpec {
+        self.specs[from][to]
+    }
+}
+
+fn refuse_loss(what: &str, spec: LinkSpec) -> Result<LinkSpec, String> {
+    match spec.loss_parts_per_million {
+        0 => Ok(spec),
+        _ => Err(format!("'{what}': {NO_LOSS_TO_COORDINATOR}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sites() -> Vec<String> {
+        ["site-a", "site-b", "site-c"].map(str::to_owned).into()
+    }
+
+    fn from_toml(text: &str) -> Result<Links, String> {
+        Links::from_toml(text, &sites())
+    }
+
+    /// Every direction, as source and destination.
+    fn directions(links: &Links) -> impl Iterator<Item = (usize, usize)> {
+        let ends = links.names().len();
+        (0..ends).flat_map(move |from| (0..ends).map(move |to| (from, to))).filter(|(from, to)| from != to)
+    }
+
+    #[test]
+    fn one_link_is_for_all_and_never_breaks_the_coordinators() {
+        let links = Links::uniform("20Mbit/s,50ms,1%", &sites()).unwrap();
+        assert_eq!(links.names(), ["site-a", "site-b", "site-c", COORDINATOR]);
+        assert_eq!(directions(&links).count(), 12);
+        for (from, to) in directions(&links) {
+            let expected = if from.max(to) == 3 { "20Mbit/s,50ms" } else { "20Mbit/s,50ms,1%" };
+            assert_eq!(links.spec(from, to).to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn a_file_names_pairs_and_directions() {
+        let text = r#"
+            default = "20Mbit/s,50ms,0.1%"
+            coordinator = "100Mbit/s,10ms"
+            [links]
+            "site-a <-> site-b" = "1Gbit/s,2ms"
+            "site-a -> site-c" = "5Mbit/s,80ms,5ms"
+            "coordinator -> site-b" = "1Mbit/s"
+        "#;
+        let links = from_toml(text).unwrap();
+        let found: Vec<_> =
+            directions(&links).map(|(from, to)| format!("{from}{to} {}", links.spec(from, to))).collect();
+        let expected = [
+            "01 1000Mbit/s,2ms",
+            "02 5Mbit/s,80ms,5ms",
+            "03 100Mbit/s,10ms",
+            "10 1000Mbit/s,2ms",
+            "12 20Mbit/s,50ms,0.1%",
+            "13 100Mbit/s,10ms",
+            "20 20Mbit/s,50ms,0.1%",
+            "21 20Mbit/s,50ms,0.1%",
+            "23 100Mbit/s,10ms",
+            "30 100Mbit/s,10ms",
+            "31 1Mbit/s",
+            "32 100Mbit/s,10ms",
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_file_that_makes_no_sense_is_refused_with_the_reason() {
+        let links = |pair: &str| format!("default = \"1Mbit/s\"\n[links]\n{pair}");
+        for (text, reason) in [
+            ("", "missing field `default`"),
+            ("default = \"20\"", "'20' has no unit"),
+            ("default = 20", "expected a string"),
+            ("default = \"1Mbit/s\"\nspeed = 1", "unknown field `speed`"),
+            ("default = \"1Mbit/s\"\ncoordinator = \"1Mbit/s,1%\"", "no loss"),
+            (&links("\"site-a -> coordinator\" = \"1Mbit/s,1%\""), "no loss"),
+            (&links("\"site-a\" = \"1Mbit/s\""), "neither 'A -> B' nor 'A <-> B'"),
+            (
+                &links("\"site-a -> site-d\" = \"1Mbit/s\""),
+                "no 'site-d'; this lab has site-a, site-b, site-c, coordinator",
+            ),
+            (&links("\"site-a -> site-a\" = \"1Mbit/s\""), "to itself"),
+            (&links("\"site-a -> site-b\" = \"1Mbit/s\"\n\"site-b <-> site-a\" = \"1Mbit/s\""), "the same direction"),
+            (&links("\"site-a -> site-b\" = \"1Mbit/s,1ms,2ms,3ms\""), "one too many"),
+        ] {
+            let refused = from_toml(text).unwrap_err();
+            assert!(refused.contains(reason), "{text}: {refused}");
+        }
+    }
+}
