@@ -22,7 +22,7 @@ const TINY: [&str; 11] = [
 /// A fifth of all blocks of 64 KiB breaks their connection.
 const BREAKING: &str = "100Mbit/s,4ms,2ms,20%";
 
-fn lab<'a>(link: &'a str) -> Vec<&'a str> {
+fn lab(link: &str) -> Vec<&str> {
     let fixed = ["lab", "--sites", "2", "--rounds", "6", "--measure-seconds", "0.1", "--data", "texts", "--link", link];
     fixed.into_iter().chain(TINY.into_iter().flat_map(|setting| ["--set", setting])).collect()
 }
