@@ -62,12 +62,10 @@ impl Links {
 
     fn of(default: LinkSpec, coordinator: Option<LinkSpec>, sites: &[String]) -> Self {
         let names: Vec<String> = sites.iter().cloned().chain([COORDINATOR.to_owned()]).collect();
-        let mut specs = vec![vec![default; names.len()]; names.len()];
         let to_coordinator = coordinator.unwrap_or_else(|| default.without_loss());
-        for site in 0..sites.len() {
-            specs[site][sites.len()] = to_coordinator;
-            specs[sites.len()][site] = to_coordinator;
-        }
+        let spec = |from: usize, to: usize| if from.max(to) == sites.len() { to_coordinator } else { default };
+        let row = |from| (0..names.len()).map(|to| spec(from, to)).collect();
+        let specs = (0..names.len()).map(row).collect();
         Self { names, specs }
     }
 
