@@ -9,8 +9,10 @@ use crate::identity::Identity;
 use crate::limits::{
     CONNECT_SECONDS_MAX, HANDSHAKE_SECONDS_MAX, PROTOCOL_VERSION, SOCKET_READ_BYTES, SOCKET_WRITE_BYTES,
 };
+use crate::link::LinkPath;
 use crate::preamble::{self, PREAMBLE_BYTES, PreambleError, Purpose};
 use crate::proxy::{DialError, Proxy, dial};
+use crate::socket::{Socket as SystemSocket, TcpInfo};
 use crate::tls::{self, FingerprintMismatch};
 use crate::traffic::{Counted, Traffic};
 use base::{ContentHash, Hint};
@@ -62,6 +64,8 @@ struct Peer {
     fingerprint: ContentHash,
     address: SocketAddr,
     local_address: SocketAddr,
+    /// Open for as long as either half: nobody but the halves holds a `Peer`.
+    socket: SystemSocket,
     traffic: Traffic,
 }
 
@@ -317,7 +321,7 @@ pub(crate) async fn greet(
     fingerprint: ContentHash,
     greeting: [u8; PREAMBLE_BYTES],
 ) -> Result<Connection, HandshakeProblem> {
-    let local_address = socket.local_addr()?;
+    let (local_address, system) = (socket.local_addr()?, SystemSocket::of(&socket));
     let (socket, address, traffic) = prepare(socket, traffic)?;
     let name = ServerName::try_from(tls::SERVER_NAME).map_err(io::Error::other)?;
     let connector = TlsConnector::from(identity.client_config(fingerprint));
@@ -328,7 +332,7 @@ pub(crate) async fn greet(
     let mut answer = [0; PREAMBLE_BYTES];
     stream.read_exact(&mut answer).await?;
     preamble::decode(&answer)?;
-    Ok(Connection::new(stream.into(), Peer { fingerprint, address, local_address, traffic }))
+    Ok(Connection::new(stream.into(), Peer { fingerprint, address, local_address, socket: system, traffic }))
 }
 
 /// The server's part after the TCP accept: TLS, the client's preamble, our answer.
@@ -337,7 +341,7 @@ pub(crate) async fn welcome(
     traffic: &Traffic,
     socket: TcpStream,
 ) -> Result<(Purpose, Connection), HandshakeProblem> {
-    let local_address = socket.local_addr()?;
+    let (local_address, system) = (socket.local_addr()?, SystemSocket::of(&socket));
     let (socket, address, traffic) = prepare(socket, traffic)?;
     let mut stream = TlsAcceptor::from(config)
         .accept_with(socket, |session| session.set_buffer_limit(Some(SOCKET_WRITE_BYTES)))
@@ -358,12 +362,13 @@ pub(crate) async fn welcome(
             return Err(error.into());
         }
     };
-    Ok((purpose, Connection::new(stream.into(), Peer { fingerprint, address, local_address, traffic })))
+    Ok((purpose, Connection::new(stream.into(), Peer { fingerprint, address, local_address, socket: system, traffic })))
 }
 
 fn prepare(socket: TcpStream, traffic: &Traffic) -> io::Result<(Socket, SocketAddr, Traffic)> {
     // Frames are written whole: waiting for more bytes would only delay them.
     socket.set_nodelay(true)?;
+    SystemSocket::of(&socket).tune();
     let address = socket.peer_addr()?;
     let traffic = traffic.child();
     Ok((BufReader::with_capacity(SOCKET_READ_BYTES, Counted::new(socket, traffic.clone())), address, traffic))
@@ -439,6 +444,24 @@ impl Connection {
     /// Bytes of this connection.
     pub fn traffic(&self) -> &Traffic {
         &self.sender.peer.traffic
+    }
+
+    /// Which way the connection takes: addresses, network card, congestion control. Asks the system.
+    pub fn path(&self) -> LinkPath {
+        LinkPath::new(self.local_address(), self.address(), self.sender.peer.socket.congestion_control())
+    }
+
+    /// What TCP has counted and measured; `None` where the system does not tell.
+    pub fn tcp_info(&self) -> Option<TcpInfo> {
+        self.sender.peer.socket.info()
+    }
+
+    /// Bounds the rate at which this side sends, bytes a second: the kernel then spreads packets evenly below it.
+    ///
+    /// # Errors
+    /// The system cannot: only Linux can.
+    pub fn set_pacing_rate(&self, bytes_per_second: u64) -> io::Result<()> {
+        self.sender.peer.socket.set_pacing_rate(bytes_per_second)
     }
 
     /// Tells the peer that nothing follows.
@@ -558,21 +581,35 @@ impl Receiver {
     /// Receives exactly `bytes` bytes that no frame holds. The caller has checked `bytes` against a bound. Not
     /// cancel-safe.
     pub(crate) async fn recv_raw(&mut self, bytes: usize) -> Result<Vec<u8>, RecvError> {
-        let early = self.decoder.take_raw(bytes);
         let mut content = vec![0; bytes];
-        let mut received = early.len();
-        content[..received].copy_from_slice(&early);
+        let mut received = 0;
         while received < bytes {
-            match self.stream.read(&mut content[received..]).await {
-                Ok(0) => return Err(RecvError::Truncated { received, expected: bytes }),
-                Ok(count) => received += count,
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    return Err(RecvError::Truncated { received, expected: bytes });
-                }
-                Err(error) => return Err(RecvError::Lost(error)),
+            match self.recv_some(&mut content[received..]).await? {
+                0 => return Err(RecvError::Truncated { received, expected: bytes }),
+                count => received += count,
             }
         }
         Ok(content)
+    }
+
+    /// Receives some of the bytes that no frame holds: at most `buffer`'s length, 0 at the end of the connection.
+    /// Cancel-safe: what it has not returned is still to come.
+    pub(crate) async fn recv_some(&mut self, buffer: &mut [u8]) -> Result<usize, RecvError> {
+        let early = self.decoder.take_raw(buffer.len());
+        if !early.is_empty() {
+            buffer[..early.len()].copy_from_slice(&early);
+            return Ok(early.len());
+        }
+        match self.stream.read(buffer).await {
+            Ok(count) => Ok(count),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(0),
+            Err(error) => Err(RecvError::Lost(error)),
+        }
+    }
+
+    /// What TCP has counted and measured; `None` where the system does not tell.
+    pub(crate) fn tcp_info(&self) -> Option<TcpInfo> {
+        self.peer.socket.info()
     }
 
     fn ended(&self, error: Option<io::Error>) -> RecvError {

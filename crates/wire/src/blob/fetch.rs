@@ -1,33 +1,33 @@
 //! The receiver's side: one blob from any number of holders over several streams.
 //!
-//! Each stream is a task with its own connection, so that decryption and hashing use several cores; one loop hands
-//! out chunks and puts what arrives in its place. Memory is bounded by the blob (or, for files, by nothing of it)
-//! plus two chunks a stream.
+//! Each stream is a task with its own connection ([`super::stream`]), so that decryption and hashing use several cores;
+//! one loop hands out chunks and puts what arrives in its place. Memory is bounded by the blob (or, for files, by nothing
+//! of it) plus three chunks a stream: one arriving, one that waits for its place, one torn or empty.
+//!
+//! A fetch begins with the streams it was told to use. Once the link has been measured, it takes as many as the product of
+//! bandwidth and delay needs windows, and not more: streams beyond that only lose packets to each other in the queue.
 
 use super::BlobKey;
 use super::file::PartialFile;
 use super::pool::Pool;
-use super::protocol::{self, ChunkReply, ChunkRequest};
-use super::transfer::{Assignment, Blame, Transfer};
-use super::tree::{self, ChunkHash};
-use crate::connection::{ConnectError, Connection, Receiver, RecvError, SendError, Sender, connect_through};
+use super::protocol;
+use super::stream::{Arrival, StreamEnd, Streams};
+use super::transfer::Transfer;
 use crate::identity::Identity;
 use crate::limits::{
     BLOB_CHUNKS_MAX, CHUNK_BYTES_MAX, CHUNKS_IN_FLIGHT_MAX, CHUNKS_PER_STREAM_MIN, FETCH_STALL_SECONDS_MAX,
-    HOLDERS_MAX, POOL_RETURN_WAIT, RETRY_PAUSE, STREAMS_MAX,
+    HOLDERS_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX,
 };
-use crate::preamble::Purpose;
+use crate::link::{LinkEstimate, LinkPath, Links};
 use crate::proxy::Proxy;
 use crate::traffic::Traffic;
 use base::{ContentHash, Hint};
-use std::collections::HashMap;
+use std::collections::TryReserveError;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
 
 /// A place that holds a blob.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -51,7 +51,7 @@ pub struct BlobRequest {
     pub hash: ContentHash,
     /// Where it is; at most [`HOLDERS_MAX`].
     pub holders: Vec<Holder>,
-    /// Streams to use at most; short blobs use fewer, none more than [`STREAMS_MAX`].
+    /// Streams to begin with; short blobs use fewer, links that are long and fat get more, up to [`STREAMS_MAX`].
     pub streams: usize,
 }
 
@@ -141,12 +141,13 @@ impl Hint for FetchError {
 pub struct BlobClient(Arc<Client>);
 
 #[derive(Debug)]
-struct Client {
-    identity: Identity,
-    traffic: Traffic,
-    stall: Duration,
-    proxy: Option<Proxy>,
-    pool: Pool,
+pub(super) struct Client {
+    pub(super) identity: Identity,
+    pub(super) traffic: Traffic,
+    pub(super) stall: Duration,
+    pub(super) pool: Pool,
+    pub(super) proxy: Option<Proxy>,
+    pub(super) links: Links,
 }
 
 impl BlobClient {
@@ -166,7 +167,8 @@ impl BlobClient {
     }
 
     fn configured(identity: Identity, traffic: Traffic, stall: Duration, proxy: Option<Proxy>) -> Self {
-        Self(Arc::new(Client { identity, traffic, stall, proxy, pool: Pool::default() }))
+        let (pool, links) = (Pool::default(), Links::default());
+        Self(Arc::new(Client { identity, traffic, stall, proxy, pool, links }))
     }
 
     /// Bytes of all its connections.
@@ -184,17 +186,24 @@ impl BlobClient {
         self.0.pool.clear();
     }
 
+    /// What is known of the link to a holder, from what was fetched from it.
+    pub fn link(&self, holder: &Holder) -> Option<LinkEstimate> {
+        self.0.links.estimate(holder)
+    }
+
+    /// Every holder that was asked for something, with what is known of its link and the way of its newest connection.
+    pub fn links(&self) -> Vec<(Holder, LinkEstimate, Option<LinkPath>)> {
+        self.0.links.all()
+    }
+
     /// Fetches a blob into memory. Dropping the future stops it.
     ///
     /// # Errors
     /// See [`FetchError`]. A returned blob has the expected length and hash.
     pub async fn fetch(&self, request: &BlobRequest) -> Result<Vec<u8>, FetchError> {
         let chunks = check(request)?;
-        let mut content = Vec::new();
-        content
-            .try_reserve_exact(request.bytes as usize)
+        let content = zeroed(request.bytes as usize)
             .map_err(|_| FetchError::Memory { key: request.key.clone(), bytes: request.bytes })?;
-        content.resize(request.bytes as usize, 0);
         let transfer =
             Transfer::new(request.bytes, vec![None; chunks as usize], request.holders.len().min(HOLDERS_MAX));
         match self.run(request, transfer, Sink::Memory(content)).await? {
@@ -237,14 +246,7 @@ impl BlobClient {
         sink: Sink,
     ) -> Result<(Sink, ContentHash), FetchError> {
         let (arrivals_sender, arrivals) = mpsc::channel(STREAMS_MAX);
-        let streams = Streams {
-            client: self.0.clone(),
-            request,
-            arrivals: arrivals_sender,
-            tasks: JoinSet::new(),
-            running: HashMap::new(),
-            started: 0,
-        };
+        let streams = Streams::new(self.0.clone(), request, arrivals_sender);
         Fetch { request, transfer, sink, streams, arrivals }.run().await
     }
 }
@@ -256,6 +258,13 @@ fn check(request: &BlobRequest) -> Result<u64, FetchError> {
         return Err(FetchError::TooLong { key: request.key.clone(), bytes: request.bytes, bytes_max });
     }
     Ok(protocol::chunks(request.bytes))
+}
+
+/// Zeros, from pages that the system clears when they are first touched: writing 500 MB of zeros before the first request
+/// kept the link idle for half a second. That there is room is found out by asking for it once before, which touches nothing.
+fn zeroed(bytes: usize) -> Result<Vec<u8>, TryReserveError> {
+    Vec::<u8>::new().try_reserve_exact(bytes)?;
+    Ok(vec![0; bytes])
 }
 
 fn hash_mismatch(request: &BlobRequest, found: ContentHash) -> FetchError {
@@ -278,31 +287,23 @@ enum Sink {
 }
 
 impl Sink {
-    async fn put(&mut self, arrival: Arrival) -> Result<(), FetchError> {
-        let Arrival { index, content, hash, .. } = arrival;
+    async fn put(&mut self, arrival: &mut Arrival) -> Result<(), FetchError> {
         match self {
             Self::Memory(whole) => {
-                let start = index as usize * CHUNK_BYTES_MAX;
-                whole[start..start + content.len()].copy_from_slice(&content);
+                let start = arrival.index as usize * CHUNK_BYTES_MAX;
+                whole[start..start + arrival.content.len()].copy_from_slice(&arrival.content);
                 Ok(())
             }
             Self::File { path, partial } => {
                 let Some(mut file) = partial.take() else { return Ok(()) };
-                let written = blocking(move || file.put(index, &content, &hash).map(|()| file)).await;
-                *partial = Some(written.map_err(|source| FetchError::File { path: path.clone(), source })?);
+                let (index, hash, content) = (arrival.index, arrival.hash, std::mem::take(&mut arrival.content));
+                let written = blocking(move || file.put(index, &content, &hash).map(|()| (file, content))).await;
+                let (file, content) = written.map_err(|source| FetchError::File { path: path.clone(), source })?;
+                (*partial, arrival.content) = (Some(file), content);
                 Ok(())
             }
         }
     }
-}
-
-/// A verified chunk.
-#[derive(Debug)]
-struct Arrival {
-    stream: u64,
-    index: u64,
-    content: Vec<u8>,
-    hash: ChunkHash,
 }
 
 /// The loop of one fetch.
@@ -340,7 +341,8 @@ impl Fetch<'_> {
 
     fn streams_wanted(&self) -> u64 {
         let useful = self.transfer.missing().div_ceil(CHUNKS_PER_STREAM_MIN);
-        useful.min(self.request.streams.clamp(1, STREAMS_MAX) as u64)
+        let wanted = self.request.streams.max(streams_to_fill(self.streams.bandwidth_delay_bytes()));
+        useful.min(wanted.clamp(1, STREAMS_MAX) as u64)
     }
 
     fn start_stream(&mut self) {
@@ -362,13 +364,18 @@ impl Fetch<'_> {
         }
     }
 
-    async fn arrived(&mut self, arrival: Arrival) -> Result<(), FetchError> {
+    async fn arrived(&mut self, mut arrival: Arrival) -> Result<(), FetchError> {
         let stream = arrival.stream;
         let assignment = self.streams.running.get_mut(&stream).map(|running| &mut running.assignment);
         if self.transfer.arrived(assignment, arrival.index, arrival.hash) {
-            self.sink.put(arrival).await?;
+            self.sink.put(&mut arrival).await?;
         }
+        self.streams.buffers.recycle(arrival.content);
         self.fill(stream);
+        if (self.streams.running.len() as u64) < self.streams_wanted() {
+            self.start_stream();
+            self.fill_all();
+        }
         Ok(())
     }
 
@@ -395,201 +402,23 @@ impl Fetch<'_> {
     }
 }
 
-/// The tasks of one fetch. Dropping it aborts them.
-struct Streams<'a> {
-    client: Arc<Client>,
-    request: &'a BlobRequest,
-    arrivals: mpsc::Sender<Arrival>,
-    tasks: JoinSet<StreamEnd>,
-    running: HashMap<u64, Running>,
-    started: u64,
+/// Streams whose windows together hold the product of bandwidth and delay.
+fn streams_to_fill(bandwidth_delay_bytes: Option<f64>) -> usize {
+    // A conversion to integer saturates: a nonsensical product asks for the most there is.
+    bandwidth_delay_bytes.map_or(1, |product| (product / STREAM_WINDOW_BYTES as f64).ceil() as usize)
 }
 
-struct Running {
-    assignment: Assignment,
-    asks: mpsc::Sender<u64>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-#[derive(Debug)]
-struct StreamEnd {
-    stream: u64,
-    result: Result<(), StreamError>,
-}
-
-impl Streams<'_> {
-    fn start(&mut self, assignment: Assignment) {
-        let stream = self.started;
-        self.started += 1;
-        let (asks, asked) = mpsc::channel(CHUNKS_IN_FLIGHT_MAX);
-        let task = StreamTask {
-            stream,
-            client: self.client.clone(),
-            holder: self.request.holders[assignment.holder].clone(),
-            key: self.request.key.clone(),
-            blob_bytes: self.request.bytes,
-            arrivals: self.arrivals.clone(),
-        };
-        let pause = match assignment.failures_in_row {
-            0 => Duration::ZERO,
-            failures => RETRY_PAUSE * 2u32.saturating_pow(failures - 1),
-        };
-        self.tasks.spawn(async move {
-            sleep(pause).await;
-            StreamEnd { stream, result: task.run(asked).await }
-        });
-        self.running.insert(stream, Running { assignment, asks });
-    }
-
-    /// Lets the streams put their connections back, which takes no network. Those that are still connecting or receiving
-    /// a chunk that came from elsewhere are not waited for.
-    async fn finish(mut self) {
-        self.running.clear();
-        let all_back = async { while self.tasks.join_next().await.is_some() {} };
-        let _ = timeout(POOL_RETURN_WAIT, all_back).await;
-    }
-}
-
-/// Why a stream ended.
-#[derive(Debug, thiserror::Error)]
-enum StreamError {
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    #[error(transparent)]
-    Send(#[from] SendError),
-    #[error(transparent)]
-    Recv(#[from] RecvError),
-    #[error("no chunk for {0:?}")]
-    Stalled(Duration),
-    #[error("it does not have it, or not for us")]
-    NotFound,
-    #[error("it cannot read its copy")]
-    Unreadable,
-    #[error("its copy has {found} bytes, expected were {expected}")]
-    Length { expected: u64, found: u64 },
-    #[error("chunk {index} was damaged")]
-    Damaged { index: u64 },
-    #[error("its reply does not fit the request")]
-    Protocol,
-    #[error("a kept connection had gone stale: {0}")]
-    Stale(Box<StreamError>),
-}
-
-impl StreamError {
-    fn blame(&self) -> Blame {
-        match self {
-            Self::Stale(_) => Blame::Nobody,
-            Self::NotFound | Self::Length { .. } => Blame::Lasting,
-            Self::Connect(ConnectError::Fingerprint { .. } | ConnectError::Preamble { .. }) => Blame::Lasting,
-            _ => Blame::Passing,
-        }
-    }
-}
-
-/// One stream: a connection to one holder that is asked for chunk after chunk.
-struct StreamTask {
-    stream: u64,
-    client: Arc<Client>,
-    holder: Holder,
-    key: BlobKey,
-    blob_bytes: u64,
-    arrivals: mpsc::Sender<Arrival>,
-}
-
-impl StreamTask {
-    async fn run(self, asked: mpsc::Receiver<u64>) -> Result<(), StreamError> {
-        let (mut connection, kept) = match self.client.pool.take(&self.holder) {
-            Some(connection) => (connection, true),
-            None => (self.connect().await?, false),
-        };
-        let mut received = 0;
-        match self.exchange(&mut connection, asked, &mut received).await {
-            Ok(()) => {
-                self.client.pool.put(&self.holder, connection);
-                Ok(())
-            }
-            Err(error @ (StreamError::Send(_) | StreamError::Recv(_) | StreamError::Stalled(_)))
-                if kept && received == 0 =>
-            {
-                Err(StreamError::Stale(Box::new(error)))
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    async fn connect(&self) -> Result<Connection, ConnectError> {
-        let Holder { address, fingerprint } = &self.holder;
-        let Client { identity, traffic, proxy, .. } = &*self.client;
-        connect_through(proxy.as_ref(), identity, traffic, address, *fingerprint, Purpose::Blob).await
-    }
-
-    /// Requests go out while replies come in, so that the link is never empty between two chunks.
-    async fn exchange(
-        &self,
-        connection: &mut Connection,
-        asked: mpsc::Receiver<u64>,
-        received: &mut u64,
-    ) -> Result<(), StreamError> {
-        let (sender, receiver) = connection.halves();
-        let (sent, awaited) = mpsc::channel(CHUNKS_IN_FLIGHT_MAX);
-        tokio::try_join!(self.ask(sender, asked, sent), self.take(receiver, awaited, received))?;
-        Ok(())
-    }
-
-    async fn ask(
-        &self,
-        sender: &mut Sender,
-        mut asked: mpsc::Receiver<u64>,
-        sent: mpsc::Sender<u64>,
-    ) -> Result<(), StreamError> {
-        while let Some(index) = asked.recv().await {
-            let request = ChunkRequest { key: self.key.clone(), index };
-            sender.send_timeout(&request, self.client.stall).await?;
-            if sent.send(index).await.is_err() {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    async fn take(
-        &self,
-        receiver: &mut Receiver,
-        mut awaited: mpsc::Receiver<u64>,
-        received: &mut u64,
-    ) -> Result<(), StreamError> {
-        while let Some(index) = awaited.recv().await {
-            let stall = self.client.stall;
-            let (content, hash) =
-                timeout(stall, self.chunk(receiver, index)).await.map_err(|_| StreamError::Stalled(stall))??;
-            *received += 1;
-            // The fetch is over when nobody receives.
-            let _ = self.arrivals.send(Arrival { stream: self.stream, index, content, hash }).await;
-        }
-        Ok(())
-    }
-
-    /// One reply, verified.
-    async fn chunk(&self, receiver: &mut Receiver, index: u64) -> Result<(Vec<u8>, ChunkHash), StreamError> {
-        let expected = self.blob_bytes;
-        let (chunk_bytes, announced) = match receiver.recv().await? {
-            ChunkReply::Chunk { blob_bytes: found, .. } | ChunkReply::OutOfRange { blob_bytes: found }
-                if found != expected =>
-            {
-                return Err(StreamError::Length { expected, found });
-            }
-            ChunkReply::Chunk { chunk_bytes, hash, .. } => (chunk_bytes as usize, hash),
-            ChunkReply::NotFound => return Err(StreamError::NotFound),
-            ChunkReply::Unreadable => return Err(StreamError::Unreadable),
-            ChunkReply::OutOfRange { .. } => return Err(StreamError::Protocol),
-        };
-        if chunk_bytes != protocol::chunk_bytes(expected, index) {
-            return Err(StreamError::Protocol);
-        }
-        let content = receiver.recv_raw(chunk_bytes).await?;
-        let hash = tree::chunk_hash(index, &content, protocol::chunks(expected) == 1);
-        match hash == announced {
-            true => Ok((content, hash)),
-            false => Err(StreamError::Damaged { index }),
-        }
+    #[test]
+    fn a_long_fat_link_gets_the_streams_that_its_product_needs() {
+        let megabits_ms = |megabits: f64, ms: f64| streams_to_fill(Some(megabits * 1e6 / 8.0 * ms / 1e3));
+        assert_eq!(streams_to_fill(None), 1);
+        assert_eq!((megabits_ms(20.0, 50.0), megabits_ms(1_000.0, 1.0)), (1, 1));
+        // 1 Gbit/s over 100 ms are 12.5 MB: 6 windows of 2 MiB.
+        assert_eq!((megabits_ms(1_000.0, 50.0), megabits_ms(1_000.0, 100.0)), (3, 6));
+        assert!(megabits_ms(f64::INFINITY, 100.0) > STREAMS_MAX);
     }
 }

@@ -9,6 +9,8 @@ pub(crate) mod file;
 mod pool;
 pub(crate) mod protocol;
 pub mod serve;
+mod stream;
+mod torn;
 mod transfer;
 mod tree;
 

@@ -16,19 +16,31 @@ pub(crate) struct ChunkRequest {
     pub(crate) key: BlobKey,
     /// Counted in chunks of [`CHUNK_BYTES_MAX`].
     pub(crate) index: u64,
+    /// Bytes of the chunk that are here already, from a stream that broke.
+    pub(crate) offset: u32,
 }
 
 /// Answers one request.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum ChunkReply {
-    /// `chunk_bytes` raw bytes follow this frame.
-    Chunk { blob_bytes: u64, chunk_bytes: u32, hash: ChunkHash },
+    /// The chunk's bytes from the offset on follow this frame; there are `chunk_bytes` of them. `hash` is that of the whole
+    /// chunk.
+    Chunk { blob_bytes: u64, chunk_bytes: u32, hash: ChunkHash, sent: Option<Sent> },
     /// No such blob for this peer.
     NotFound,
-    /// The blob ends before that chunk.
+    /// The blob, or the chunk, ends before that place.
     OutOfRange { blob_bytes: u64 },
     /// The holder could not read it.
     Unreadable,
+}
+
+/// What the holder's TCP has counted on this connection so far, where its system says: only the sender knows what was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Sent {
+    /// Bytes sent, those sent again included.
+    pub(crate) bytes: u64,
+    /// Bytes sent again.
+    pub(crate) again: u64,
 }
 
 /// Number of chunks of a blob.

@@ -2,7 +2,7 @@
 //!
 //! One request is handled at a time, so that a connection holds at most one chunk in memory however many it asks for.
 
-use super::protocol::{self, ChunkReply, ChunkRequest};
+use super::protocol::{self, ChunkReply, ChunkRequest, Sent};
 use super::{Blob, BlobSource};
 use crate::connection::{Connection, RecvError, SendError};
 use crate::limits::{BLOB_IDLE_SECONDS_MAX, FETCH_STALL_SECONDS_MAX};
@@ -44,17 +44,24 @@ async fn answer(connection: &Connection, source: &dyn BlobSource, request: &Chun
     let known = request.key.is_valid().then(|| source.open(connection.peer(), &request.key)).flatten();
     match known {
         None => (ChunkReply::NotFound, Bytes::new()),
-        Some(blob) => chunk_of(&blob, request.index).await,
+        Some(blob) => {
+            let sent =
+                connection.tcp_info().map(|info| Sent { bytes: info.bytes_sent, again: info.bytes_retransmitted });
+            chunk_of(&blob, request, sent).await
+        }
     }
 }
 
-async fn chunk_of(blob: &Blob, index: u64) -> (ChunkReply, Bytes) {
-    let blob_bytes = blob.bytes();
-    if index >= protocol::chunks(blob_bytes) {
+async fn chunk_of(blob: &Blob, request: &ChunkRequest, sent: Option<Sent>) -> (ChunkReply, Bytes) {
+    let (blob_bytes, offset) = (blob.bytes(), request.offset as usize);
+    if request.index >= protocol::chunks(blob_bytes) || offset >= protocol::chunk_bytes(blob_bytes, request.index) {
         return (ChunkReply::OutOfRange { blob_bytes }, Bytes::new());
     }
-    match blob.chunk(index).await {
-        Ok((content, hash)) => (ChunkReply::Chunk { blob_bytes, chunk_bytes: content.len() as u32, hash }, content),
+    match blob.chunk(request.index).await {
+        Ok((content, hash)) => {
+            let rest = content.slice(offset..);
+            (ChunkReply::Chunk { blob_bytes, chunk_bytes: rest.len() as u32, hash, sent }, rest)
+        }
         Err(_) => (ChunkReply::Unreadable, Bytes::new()),
     }
 }

@@ -6,7 +6,7 @@
 
 use super::protocol;
 use super::tree::{self, ChunkHash};
-use crate::limits::HOLDER_FAILURES_MAX;
+use crate::limits::{FORGIVEN_PER_CHUNK_MAX, HOLDER_FAILURES_MAX};
 use base::ContentHash;
 
 /// The progress of one fetch.
@@ -29,6 +29,8 @@ struct HolderState {
     /// Counted failures; a stream that was started before the last one tells nothing new by failing too.
     epoch: u32,
     given_up: bool,
+    /// Broken streams that were not counted as failures.
+    forgiven: u64,
     streams: usize,
     last_failure: Option<String>,
 }
@@ -55,6 +57,8 @@ impl Assignment {
 pub(super) enum Blame {
     /// Nothing: a kept connection had gone stale.
     Nobody,
+    /// The stream broke after it had brought a part of a chunk: nothing, unless it goes on for ever.
+    Torn,
     /// It may work again.
     Passing,
     /// It will not have what we want.
@@ -120,13 +124,19 @@ impl Transfer {
     /// Notes that a stream ended with an error and takes back what it had been asked for.
     pub(super) fn failed(&mut self, stream: Assignment, blame: Blame, reason: String) {
         self.returned.extend(stream.in_flight);
+        let forgiven_max = FORGIVEN_PER_CHUNK_MAX * self.here.len() as u64;
         let holder = &mut self.holders[stream.holder];
         holder.streams -= 1;
         holder.last_failure = Some(reason);
+        if blame == Blame::Torn && holder.forgiven < forgiven_max {
+            holder.forgiven += 1;
+            holder.failures_in_row = 0;
+            return;
+        }
         if blame == Blame::Lasting {
             holder.given_up = true;
         }
-        if blame == Blame::Passing && stream.epoch == holder.epoch {
+        if matches!(blame, Blame::Passing | Blame::Torn) && stream.epoch == holder.epoch {
             holder.epoch += 1;
             holder.failures_in_row += 1;
             holder.given_up |= holder.failures_in_row >= HOLDER_FAILURES_MAX;
@@ -205,6 +215,19 @@ mod tests {
         }
         assert!(transfer.assign().is_none());
         assert_eq!(transfer.failures().collect::<Vec<_>>(), [(0, "refused")]);
+    }
+
+    #[test]
+    fn a_torn_stream_is_forgiven_as_often_as_its_bytes_can_have_helped() {
+        let mut transfer = transfer(2, 1);
+        let tear = |transfer: &mut Transfer| {
+            let stream = transfer.assign().unwrap();
+            transfer.failed(stream, Blame::Torn, "reset".to_owned());
+        };
+        (0..2 * FORGIVEN_PER_CHUNK_MAX).for_each(|_| tear(&mut transfer));
+        assert_eq!(transfer.assign().unwrap().failures_in_row, 0);
+        (0..HOLDER_FAILURES_MAX).for_each(|_| tear(&mut transfer));
+        assert!(transfer.assign().is_none());
     }
 
     #[test]

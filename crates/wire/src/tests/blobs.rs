@@ -13,21 +13,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-fn random_bytes(seed: u64, bytes: usize) -> Vec<u8> {
+pub(super) fn random_bytes(seed: u64, bytes: usize) -> Vec<u8> {
     let mut random = Random::new(seed, 0);
     (0..bytes.div_ceil(8)).flat_map(|_| random.next_u64().to_le_bytes()).take(bytes).collect()
 }
 
-fn delta(round: u64) -> BlobKey {
+pub(super) fn delta(round: u64) -> BlobKey {
     BlobKey::Delta { round: Round(round), fragment: 0, site: SiteId(1) }
 }
 
 /// Blobs in memory, for one peer or for all; counts chunks.
 #[derive(Default)]
-struct Shelf {
+pub(super) struct Shelf {
     blobs: BTreeMap<BlobKey, Blob>,
     only_for: Option<ContentHash>,
-    opened: AtomicU64,
+    pub(super) opened: AtomicU64,
 }
 
 impl BlobSource for Shelf {
@@ -38,7 +38,7 @@ impl BlobSource for Shelf {
 }
 
 /// A holder that serves `source`; returns how to reach it and its count of connections.
-async fn serve(source: Arc<dyn BlobSource>) -> (Holder, Arc<AtomicU64>) {
+pub(super) async fn serve(source: Arc<dyn BlobSource>) -> (Holder, Arc<AtomicU64>) {
     serve_with(move |connection| {
         let source = source.clone();
         async move {
@@ -49,7 +49,7 @@ async fn serve(source: Arc<dyn BlobSource>) -> (Holder, Arc<AtomicU64>) {
 }
 
 /// A holder that does whatever it likes with its connections.
-async fn serve_with<F: Future<Output = ()> + Send + 'static>(
+pub(super) async fn serve_with<F: Future<Output = ()> + Send + 'static>(
     handle: impl Fn(Connection) -> F + Send + 'static,
 ) -> (Holder, Arc<AtomicU64>) {
     let identity = identity();
@@ -66,16 +66,16 @@ async fn serve_with<F: Future<Output = ()> + Send + 'static>(
     (holder, connections)
 }
 
-fn shelf(key: BlobKey, content: &[u8]) -> Arc<Shelf> {
+pub(super) fn shelf(key: BlobKey, content: &[u8]) -> Arc<Shelf> {
     let blobs = BTreeMap::from([(key, Blob::memory(content.to_vec()))]);
     Arc::new(Shelf { blobs, ..Shelf::default() })
 }
 
-fn client() -> BlobClient {
+pub(super) fn client() -> BlobClient {
     BlobClient::new(identity(), Traffic::new())
 }
 
-fn request(key: BlobKey, content: &[u8], holders: Vec<Holder>, streams: usize) -> BlobRequest {
+pub(super) fn request(key: BlobKey, content: &[u8], holders: Vec<Holder>, streams: usize) -> BlobRequest {
     let bytes = content.len() as u64;
     BlobRequest { key, bytes, bytes_max: bytes, hash: ContentHash::of(content), holders, streams }
 }
@@ -89,7 +89,7 @@ async fn serve_mangled(
     let blob = Blob::memory(content.to_vec());
     while let Ok(ChunkRequest { index, .. }) = connection.recv().await {
         let (chunk, hash) = blob.chunk(index).await.unwrap();
-        let reply = ChunkReply::Chunk { blob_bytes: blob.bytes(), chunk_bytes: chunk.len() as u32, hash };
+        let reply = ChunkReply::Chunk { blob_bytes: blob.bytes(), chunk_bytes: chunk.len() as u32, hash, sent: None };
         let Some((reply, chunk)) = mangle(index, reply, chunk.to_vec()) else { return };
         let (sender, _) = connection.halves();
         if sender.queue(&reply).await.is_err() || sender.send_raw(Bytes::from(chunk)).await.is_err() {
@@ -343,7 +343,7 @@ async fn a_chunk_longer_than_asked_for_is_refused() {
         let (holder, _) = serve_with(move |connection| {
             serve_mangled(connection, served.clone(), |_, reply, chunk| match reply {
                 ChunkReply::Chunk { blob_bytes, hash, .. } => {
-                    Some((ChunkReply::Chunk { blob_bytes, chunk_bytes: u32::MAX, hash }, chunk))
+                    Some((ChunkReply::Chunk { blob_bytes, chunk_bytes: u32::MAX, hash, sent: None }, chunk))
                 }
                 other => Some((other, chunk)),
             })

@@ -1,6 +1,7 @@
 //! The crate as its users see it, over loopback sockets, with peers that behave and peers that do not.
 
 mod blobs;
+mod links;
 mod messages;
 mod probes;
 mod proxies;
