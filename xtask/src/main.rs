@@ -10,6 +10,7 @@ mod arrows;
 mod bench_curves;
 mod bench_diloco;
 mod bench_engine;
+#[cfg(target_os = "linux")]
 mod bench_link;
 mod bench_mixed;
 mod chart;
@@ -55,6 +56,7 @@ enum Bench {
     /// Speed of sites of unlike engines together against the sum of what each does alone
     Mixed(Box<bench_mixed::Options>),
     /// Goodput of bulk transfer against iperf3 on the same shaped link; needs root
+    #[cfg(target_os = "linux")]
     Link(bench_link::Options),
     /// Validation loss of sites of unlike engines against sites of one engine
     Curves(Box<bench_curves::Options>),
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
             bench_engine::run(&arguments).map_err(|error| (error.to_string(), None))
         }
         Task::Bench(Bench::Mixed(options)) => bench_mixed::run(&options).map_err(|error| (error.to_string(), None)),
+        #[cfg(target_os = "linux")]
         Task::Bench(Bench::Link(options)) => bench_link::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Curves(options)) => bench_curves::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Diloco(options)) => bench_diloco::run(&options).map_err(|error| (error.to_string(), None)),
