@@ -57,7 +57,7 @@ const FAREWELL_TIME_MAX: Duration = Duration::from_secs(5);
 const FETCH_AGAIN: Duration = Duration::from_secs(1);
 
 /// Streams for one delta or state.
-const BULK_STREAMS: usize = 4;
+const BULK_STREAMS: usize = 8;
 
 /// Connections over which others fetch from this site: the streams of 250 sites.
 const VISITORS_MAX: usize = 1_000;
