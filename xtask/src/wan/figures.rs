@@ -91,22 +91,26 @@ pub(crate) fn figures(
     })
 }
 
-/// The steps between which speed and bytes are measured: the ends of the first and the last whole round; where there is
-/// one round, the first and the last step.
-fn window(steps: &[Step], steps_per_round: u64) -> (Step, Step) {
+/// Between which steps speed is measured, and until when bytes are counted: the ends of the first and the last whole round;
+/// where there is one round or none, the first and the last step, and all that was sent since, for a round's bytes may
+/// come after its last step.
+fn window(site: &SiteSeries, steps_per_round: u64) -> (Step, Step, f64) {
+    let steps = &site.steps;
     let mut ends = steps.iter().filter(|step| step.step.is_multiple_of(steps_per_round.max(1)));
-    let whole = ends.next().copied().zip(ends.next_back().copied());
-    whole.unwrap_or((steps[0], steps[steps.len() - 1]))
+    match ends.next().copied().zip(ends.next_back().copied()) {
+        Some((from, to)) => (from, to, to.seconds),
+        None => (steps[0], steps[steps.len() - 1], f64::INFINITY),
+    }
 }
 
 fn site_speed(site: &SiteSeries, step_tokens: f64, steps_per_round: u64) -> f64 {
-    let (from, to) = window(&site.steps, steps_per_round);
+    let (from, to, _) = window(site, steps_per_round);
     (to.step - from.step) as f64 * step_tokens / (to.seconds - from.seconds)
 }
 
 fn site_sent(site: &SiteSeries, steps_per_round: u64) -> f64 {
-    let (from, to) = window(&site.steps, steps_per_round);
-    let bytes = sent_until(&site.sent, to.seconds) - sent_until(&site.sent, from.seconds);
+    let (from, to, until_seconds) = window(site, steps_per_round);
+    let bytes = sent_until(&site.sent, until_seconds) - sent_until(&site.sent, from.seconds);
     bytes / (to.step - from.step) as f64 * 1e3
 }
 
@@ -166,7 +170,11 @@ mod tests {
 
     #[test]
     fn one_round_is_measured_from_its_first_step() {
-        let found = figures(&[site(6)], 1000.0, 20, [1.0, 1.0], 1.0).unwrap();
+        let mut late = site(6);
+        late.sent.push(Sent { seconds: 20.0, bytes: 5_100.0 });
+        let found = figures(&[late], 1000.0, 20, [1.0, 1.0], 1.0).unwrap();
+        // From 1,100 at the first step on, in 5 steps; the round's bytes come after the last step.
+        assert_eq!(found.sent_bytes_per_1000_steps, [800_000.0]);
         assert!((found.tokens_per_second - 5.0 * 1000.0 / 4.5).abs() < 1e-9);
         let error = figures(&[site(6), site(1)], 1000.0, 20, [1.0, 1.0], 1.0).unwrap_err();
         assert_eq!(error, "site 1 made 1 steps; two are needed");

@@ -23,6 +23,8 @@ const SECONDS_MAX: f64 = 1e9;
 const LAST_SITE_SECONDS_MAX: u64 = 60;
 /// Time for torchft's lighthouse to listen.
 const LIGHTHOUSE_START: Duration = Duration::from_secs(1);
+/// How much more time a solo run has that was too short.
+const SOLO_STRETCH: f64 = 5.0;
 /// Where torchft's lighthouse listens, as `train.py` expects it.
 const LIGHTHOUSE_ADDRESS: &str = "[::]:29510";
 
@@ -92,11 +94,16 @@ impl Peers<'_> {
         Ok(found.ok_or("the peers' model names no parameters and nats")?)
     }
 
-    /// Tokens a second of both cores, each with a process of its own at the same time.
+    /// Tokens a second of both cores, each with a process of its own at the same time. `solo.py` fails where the time is over after
+    /// two steps: it is then given more.
     ///
     /// # Errors
     /// What `solo.py` says.
     pub(crate) fn alone(&self, size: Size, seconds: f64) -> Result<f64, Failure> {
+        self.solo(size, seconds).or_else(|_| self.solo(size, SOLO_STRETCH * seconds))
+    }
+
+    fn solo(&self, size: Size, seconds: f64) -> Result<f64, Failure> {
         let (python, script) = (self.pythons.python(Python::Torch)?, self.pythons.folder()?.join("solo.py"));
         let (batch, seconds) = ((BATCH_SAMPLES / SITES as u64).to_string(), seconds.to_string());
         let solo = |core: usize| {

@@ -54,6 +54,10 @@ pub(crate) fn wait_until(
 /// The end of a log, for a message.
 pub(crate) fn log_end(path: &Path) -> String {
     let text = std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    last_lines(&text)
+}
+
+fn last_lines(text: &str) -> String {
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     lines[lines.len().saturating_sub(LOG_LINES)..].join(" | ")
 }
@@ -70,7 +74,7 @@ pub(crate) fn side_by_side(commands: impl Iterator<Item = Command>) -> Result<Ve
     for child in children {
         let output = child.wait_with_output()?;
         if !output.status.success() {
-            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned().into());
+            return Err(last_lines(&String::from_utf8_lossy(&output.stderr)).into());
         }
         texts.push(String::from_utf8(output.stdout)?);
     }
