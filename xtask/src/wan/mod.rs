@@ -27,7 +27,7 @@ use crate::runs::{Failure, Programs};
 use beringia::Beringia;
 use figures::{Figures, figures};
 use link::{Link, LinkKind, LinkMeasured, compile_tunlink};
-use peers::{Peers, Pythons};
+use peers::{Peers, Pythons, Training};
 use results::{Budget, Cell, Key, Outcome, PEER, Results};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -307,8 +307,9 @@ impl<'a> Bench<'a> {
         let before = self.alone(PEER, size, alone)?;
         let link = self.link(key.link)?;
         self.alone = None;
-        let place = (self.folder.as_path(), 60.0 * self.options.minutes_max);
-        let trained = self.peers(weights).train(&link, peer, size, key.seed, key.budget, place)?;
+        let (seed, budget, folder) = (key.seed, key.budget, self.folder.as_path());
+        let training = Training { peer, size, seed, budget, folder, seconds_max: 60.0 * self.options.minutes_max };
+        let trained = self.peers(weights).train(&link, &training)?;
         drop(link);
         let after = self.alone(PEER, size, alone)?;
         Ok(figures(&trained.sites, SITE_STEP_TOKENS, steps_per_round, [before, after], trained.validation_nats)?)

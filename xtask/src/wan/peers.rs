@@ -81,6 +81,34 @@ pub(crate) struct Trained {
     pub(crate) validation_nats: f64,
 }
 
+/// One training of a peer.
+pub(crate) struct Training<'a> {
+    pub(crate) peer: &'a Peer,
+    pub(crate) size: Size,
+    pub(crate) seed: u64,
+    pub(crate) budget: Budget,
+    /// For its logs; exists.
+    pub(crate) folder: &'a Path,
+    /// After which it is given up.
+    pub(crate) seconds_max: f64,
+}
+
+impl Training<'_> {
+    fn file(&self, kind: &str, site: usize) -> PathBuf {
+        self.folder.join(format!("{kind}-{site}"))
+    }
+
+    /// Steps of a site so far, and its validation at the end.
+    fn log(&self, site: usize) -> String {
+        fs::read_to_string(self.file("steps", site)).unwrap_or_default()
+    }
+
+    /// Of the first site that has validated.
+    fn validation(&self) -> Option<f64> {
+        (0..SITES).find_map(|site| peer_validation(&self.log(site)))
+    }
+}
+
 impl Peers<'_> {
     /// Parameters and initial loss of the peers' model.
     ///
@@ -116,65 +144,57 @@ impl Peers<'_> {
         side_by_side((0..SITES).map(solo))?.into_iter().map(speed).sum()
     }
 
-    /// Trains over the link; `folder` takes the logs.
+    /// Trains over the link; the folder of `training` takes the logs.
     ///
     /// # Errors
     /// A site that made no validation, with the end of its log.
-    pub(crate) fn train(
-        &self,
-        link: &Link,
-        peer: &Peer,
-        size: Size,
-        seed: u64,
-        budget: Budget,
-        (folder, seconds_max): (&Path, f64),
-    ) -> Result<Trained, Failure> {
-        let hosts_file = folder.join("hosts");
-        fs::write(&hosts_file, hosts())?;
-        let _lighthouse = match peer.python {
-            Python::Torchft => Some(self.lighthouse(link, folder)?),
+    pub(crate) fn train(&self, link: &Link, training: &Training<'_>) -> Result<Trained, Failure> {
+        fs::write(training.file("hosts", 0), hosts())?;
+        let _lighthouse = match training.peer.python {
+            Python::Torchft => Some(self.lighthouse(link, training.folder)?),
             Python::Torch | Python::Hivemind => None,
         };
-        let file = |kind: &str, site: usize| folder.join(format!("{kind}-{site}"));
-        let readings =
-            (0..SITES).map(|site| link.count_sent(site, &file("sent", site))).collect::<Result<Vec<_>, _>>()?;
+        let count = |site| link.count_sent(site, &training.file("sent", site));
+        let readings = (0..SITES).map(count).collect::<Result<Vec<_>, _>>()?;
         let started = unix_seconds();
-        let mut sites = Vec::new();
-        for site in 0..SITES {
-            let mut command = link.named_command(site, &self.pythons.python(peer.python)?, &hosts_file);
-            self.arguments(&mut command, &[peer.script], folder)?;
-            let (steps, seconds) = match budget {
-                Budget::Steps(steps) => (steps, SECONDS_MAX),
-                Budget::Minutes(minutes) => (STEPS_MAX, 60.0 * minutes),
-            };
-            command.args(["--size", size.name, "--bs", &(BATCH_SAMPLES / SITES as u64).to_string()]);
-            command.args(["--rank", &site.to_string(), "--seed", &seed.to_string(), "--steps", &steps.to_string()]);
-            command.args(["--secs", &seconds.to_string(), "--out"]).arg(file("steps", site)).args(&peer.arguments);
-            command.env("WAN_STARTED", started.to_string()).stdout(File::create(file("stdout", site))?);
-            sites.push(Process::start(&mut command, file("stderr", site))?);
-        }
-        let log = |site| fs::read_to_string(file("steps", site)).unwrap_or_default();
+        let start = |site| self.start(link, training, site, started);
+        let mut sites = (0..SITES).map(start).collect::<Result<Vec<_>, _>>()?;
         let mut first_validated: Option<Instant> = None;
         let mut is_over = || {
-            if (0..SITES).any(|site| peer_validation(&log(site)).is_some()) {
+            if training.validation().is_some() {
                 first_validated.get_or_insert_with(Instant::now);
             }
             first_validated.is_some_and(|since| since.elapsed().as_secs() > LAST_SITE_SECONDS_MAX)
         };
-        let ended = wait_until(&mut sites, seconds_max, &mut is_over);
+        let ended = wait_until(&mut sites, training.seconds_max, &mut is_over);
         drop(readings);
         link.kill_all();
-        let logs: Vec<String> = (0..SITES).map(log).collect();
-        let Some(validation_nats) = logs.iter().find_map(|log| peer_validation(log)) else {
+        let Some(validation_nats) = training.validation() else {
             let why = ended.err().map_or_else(|| "ended without a validation".to_owned(), |error| error.to_string());
-            let ends = (0..SITES).map(|site| log_end(&file("stderr", site))).collect::<Vec<_>>();
+            let ends = (0..SITES).map(|site| log_end(&training.file("stderr", site))).collect::<Vec<_>>();
             return Err(format!("{why}: {}", ends.join(" || ")).into());
         };
         let series = |site: usize| -> Result<SiteSeries, Failure> {
-            let counted = fs::read_to_string(file("sent", site))?;
-            Ok(SiteSeries { steps: peer_steps(&logs[site], started), sent: sent(&counted, started) })
+            let counted = fs::read_to_string(training.file("sent", site))?;
+            Ok(SiteSeries { steps: peer_steps(&training.log(site), started), sent: sent(&counted, started) })
         };
         Ok(Trained { sites: (0..SITES).map(series).collect::<Result<_, _>>()?, validation_nats })
+    }
+
+    fn start(&self, link: &Link, training: &Training<'_>, site: usize, started: f64) -> Result<Process, Failure> {
+        let python = self.pythons.python(training.peer.python)?;
+        let mut command = link.named_command(site, &python, &training.file("hosts", 0));
+        self.arguments(&mut command, &[training.peer.script], training.folder)?;
+        let (steps, seconds) = match training.budget {
+            Budget::Steps(steps) => (steps, SECONDS_MAX),
+            Budget::Minutes(minutes) => (STEPS_MAX, 60.0 * minutes),
+        };
+        command.args(["--size", training.size.name, "--bs", &(BATCH_SAMPLES / SITES as u64).to_string()]);
+        command.args(["--rank", &site.to_string(), "--seed", &training.seed.to_string()]);
+        command.args(["--steps", &steps.to_string(), "--secs", &seconds.to_string()]);
+        command.arg("--out").arg(training.file("steps", site)).args(&training.peer.arguments);
+        command.env("WAN_STARTED", started.to_string()).stdout(File::create(training.file("stdout", site))?);
+        Process::start(&mut command, training.file("stderr", site))
     }
 
     /// What every start of a script has in common.
