@@ -15,10 +15,8 @@ use std::process::{Command, Stdio};
 
 /// Steps of a run that ends by time: more than any makes, and the schedule is flat.
 const STEPS_MAX: u64 = 1_000_000;
-/// Time for a site to save and leave after it was asked to, seconds.
+/// Time to save and leave after a site was asked to, and for a coordinator after its sites, seconds.
 const LEAVE_SECONDS_MAX: f64 = 120.0;
-/// The same for a coordinator without sites.
-const COORDINATOR_LEAVE_SECONDS_MAX: f64 = 20.0;
 
 /// The program and the work.
 pub(crate) struct Beringia<'a> {
@@ -88,7 +86,8 @@ impl Beringia<'_> {
         Ok(report["nats_per_token"].as_f64().ok_or("eval names no nats_per_token")?)
     }
 
-    /// Trains the run over the link and gives what its sites left behind, and the folder of the first.
+    /// Trains the run over the link and gives what its sites left behind, and the folder of the first. After `seconds_end`
+    /// the sites are asked to save and leave.
     ///
     /// # Errors
     /// A process that failed, sites that end with different models, or time that is up.
@@ -97,8 +96,7 @@ impl Beringia<'_> {
         link: &Link,
         run: &Path,
         engine: &str,
-        budget: Budget,
-        seconds_max: f64,
+        (seconds_end, seconds_max): (f64, f64),
     ) -> Result<(Vec<SiteSeries>, PathBuf), Failure> {
         let (coordinator, invite) = self.serve(link, run)?;
         let site_folder = |site: usize| run.with_file_name(format!("site-{site}"));
@@ -107,17 +105,14 @@ impl Beringia<'_> {
         let started = unix_seconds();
         let join = |site| self.join(link, &invite, site, engine, &site_folder(site));
         let mut sites = (0..SITES).map(join).collect::<Result<Vec<_>, _>>()?;
-        if let Budget::Minutes(minutes) = budget {
-            let end = started + 60.0 * minutes;
-            wait_until(&mut sites, seconds_max, &mut || unix_seconds() >= end)?;
-            sites.iter().try_for_each(Process::ask_to_leave)?;
-            wait_until(&mut sites, LEAVE_SECONDS_MAX, &mut || false)?;
+        wait_until(&mut sites, seconds_max, &mut || unix_seconds() - started > seconds_end)?;
+        let is_early = !sites.is_empty();
+        sites.iter().try_for_each(Process::ask_to_leave)?;
+        wait_until(&mut sites, LEAVE_SECONDS_MAX, &mut || false)?;
+        if is_early {
             coordinator.ask_to_leave()?;
-            wait_until(&mut vec![coordinator], COORDINATOR_LEAVE_SECONDS_MAX, &mut || false)?;
-        } else {
-            sites.push(coordinator);
-            wait_until(&mut sites, seconds_max, &mut || false)?;
         }
+        wait_until(&mut vec![coordinator], LEAVE_SECONDS_MAX, &mut || false)?;
         drop(readings);
         let series = |site: usize| {
             let events = fs::read_to_string(site_folder(site).join("events.jsonl"))?;

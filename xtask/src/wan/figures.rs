@@ -34,8 +34,8 @@ pub(crate) struct Figures {
     pub(crate) seconds: f64,
     /// Trained by all sites.
     pub(crate) tokens: f64,
-    /// On the held-out text after the last step, nats per token.
-    pub(crate) validation_nats: f64,
+    /// On the held-out text after the last step, nats per token; none where the training was cut short.
+    pub(crate) validation_nats: Option<f64>,
     /// Training loss over time.
     pub(crate) curve: Vec<Point>,
 }
@@ -65,7 +65,7 @@ pub(crate) fn figures(
     step_tokens: f64,
     steps_per_round: u64,
     alone_tokens_per_second: [f64; 2],
-    validation_nats: f64,
+    validation_nats: Option<f64>,
 ) -> Result<Figures, String> {
     let few = sites.iter().position(|site| site.steps.len() < 2);
     if let Some(few) = few {
@@ -158,25 +158,25 @@ mod tests {
 
     #[test]
     fn figures_leave_the_first_round_out_and_tell_the_start_apart() {
-        let found = figures(&[site(12), site(12)], 1024.0, 4, [4000.0, 4200.0], 2.5).unwrap();
+        let found = figures(&[site(12), site(12)], 1024.0, 4, [4000.0, 4200.0], Some(2.5)).unwrap();
         // From step 4 to step 12: 8 steps in 4 s, both sites.
         assert!((found.tokens_per_second - 2.0 * 2048.0).abs() < 1e-9);
         assert!((found.utilisation() - 4096.0 / 4100.0).abs() < 1e-12);
         assert_eq!(found.sent_bytes_per_1000_steps, [100_000.0, 100_000.0]);
         assert_eq!((found.first_step_seconds, found.stall_seconds, found.seconds), (3.5, 2.5, 11.0));
         assert_eq!(found.start_bytes, [1050.0, 1050.0]);
-        assert_eq!((found.tokens, found.validation_nats), (24.0 * 1024.0, 2.5));
+        assert_eq!((found.tokens, found.validation_nats), (24.0 * 1024.0, Some(2.5)));
     }
 
     #[test]
     fn one_round_is_measured_from_its_first_step() {
         let mut late = site(6);
         late.sent.push(Sent { seconds: 20.0, bytes: 5_100.0 });
-        let found = figures(&[late], 1000.0, 20, [1.0, 1.0], 1.0).unwrap();
+        let found = figures(&[late], 1000.0, 20, [1.0, 1.0], None).unwrap();
         // From 1,100 at the first step on, in 5 steps; the round's bytes come after the last step.
         assert_eq!(found.sent_bytes_per_1000_steps, [800_000.0]);
         assert!((found.tokens_per_second - 5.0 * 1000.0 / 4.5).abs() < 1e-9);
-        let error = figures(&[site(6), site(1)], 1000.0, 20, [1.0, 1.0], 1.0).unwrap_err();
+        let error = figures(&[site(6), site(1)], 1000.0, 20, [1.0, 1.0], None).unwrap_err();
         assert_eq!(error, "site 1 made 1 steps; two are needed");
     }
 

@@ -77,8 +77,8 @@ pub(crate) struct Peers<'a> {
 pub(crate) struct Trained {
     /// By site.
     pub(crate) sites: Vec<SiteSeries>,
-    /// Of the first site that validated.
-    pub(crate) validation_nats: f64,
+    /// Of the first site that validated; none where the training was cut short.
+    pub(crate) validation_nats: Option<f64>,
 }
 
 /// One training of a peer.
@@ -91,6 +91,8 @@ pub(crate) struct Training<'a> {
     pub(crate) folder: &'a Path,
     /// After which it is given up.
     pub(crate) seconds_max: f64,
+    /// After which it is cut short, and what it has done counts.
+    pub(crate) seconds_cut: f64,
 }
 
 impl Training<'_> {
@@ -159,21 +161,23 @@ impl Peers<'_> {
         let started = unix_seconds();
         let start = |site| self.start(link, training, site, started);
         let mut sites = (0..SITES).map(start).collect::<Result<Vec<_>, _>>()?;
-        let mut first_validated: Option<Instant> = None;
+        let (mut first_validated, mut is_cut): (Option<Instant>, bool) = (None, false);
         let mut is_over = || {
             if training.validation().is_some() {
                 first_validated.get_or_insert_with(Instant::now);
             }
-            first_validated.is_some_and(|since| since.elapsed().as_secs() > LAST_SITE_SECONDS_MAX)
+            is_cut = first_validated.is_none() && unix_seconds() - started > training.seconds_cut;
+            is_cut || first_validated.is_some_and(|since| since.elapsed().as_secs() > LAST_SITE_SECONDS_MAX)
         };
         let ended = wait_until(&mut sites, training.seconds_max, &mut is_over);
         drop(readings);
         link.kill_all();
-        let Some(validation_nats) = training.validation() else {
+        let validation_nats = training.validation();
+        if validation_nats.is_none() && !is_cut {
             let why = ended.err().map_or_else(|| "ended without a validation".to_owned(), |error| error.to_string());
             let ends = (0..SITES).map(|site| log_end(&training.file("stderr", site))).collect::<Vec<_>>();
             return Err(format!("{why}: {}", ends.join(" || ")).into());
-        };
+        }
         let series = |site: usize| -> Result<SiteSeries, Failure> {
             let counted = fs::read_to_string(training.file("sent", site))?;
             Ok(SiteSeries { steps: peer_steps(&training.log(site), started), sent: sent(&counted, started) })

@@ -167,7 +167,7 @@ pub(crate) mod examples {
             stall_seconds: 0.75,
             seconds: 100.0,
             tokens: 600.0,
-            validation_nats: nats,
+            validation_nats: Some(nats),
             curve: (1..=10).map(|tenth| point(10.0 * f64::from(tenth))).collect(),
         };
         let key = Key {

@@ -98,6 +98,8 @@ pub(crate) struct Row {
     pub(crate) runs: usize,
     /// Why the others did not.
     pub(crate) failures: Vec<String>,
+    /// Tokens of trainings that were cut short: their speed and bytes count, their loss does not.
+    cut_tokens: Option<Spread>,
     tokens_per_second: Option<Spread>,
     utilisation: Option<Spread>,
     sent_mb_per_1000_steps: Option<Spread>,
@@ -148,13 +150,14 @@ fn row(cells: &[&Cell], all: &[Cell], equal_seconds: f64) -> Option<Row> {
         engine: key.engine.clone(),
         runs: figures.len(),
         failures: cells.iter().filter_map(failure).collect(),
+        cut_tokens: spread(&|figures| if figures.validation_nats.is_none() { figures.tokens } else { f64::NAN }),
         tokens_per_second: spread(&|figures| figures.tokens_per_second),
         utilisation: spread(&Figures::utilisation),
         sent_mb_per_1000_steps: spread(&|figures| most(&figures.sent_bytes_per_1000_steps) / 1e6),
         start_mb: spread(&|figures| most(&figures.start_bytes) / 1e6),
         first_step_seconds: spread(&|figures| figures.first_step_seconds),
         stall_seconds: spread(&|figures| figures.stall_seconds),
-        validation_nats: spread(&|figures| figures.validation_nats),
+        validation_nats: spread(&|figures| figures.validation_nats.unwrap_or(f64::NAN)),
         against_reference: Spread::of(cells.iter().filter_map(|cell| against_reference(cell, all))),
         training_nats_after_equal_time: spread(&|figures| loss_at(&figures.curve, equal_seconds).unwrap_or(f64::NAN)),
     })
@@ -172,11 +175,12 @@ fn against_reference(cell: &Cell, all: &[Cell]) -> Option<f64> {
     let is_reference = |other: &&Cell| {
         let same = (&other.key.size, other.key.seed, other.key.budget) == (&key.size, key.seed, key.budget);
         let link = other.key.link == key.link || matches!(key.budget, Budget::Steps(_));
-        other.key.system == REFERENCE && same && link && other.figures().is_some()
+        let is_whole = other.figures().is_some_and(|figures| figures.validation_nats.is_some());
+        other.key.system == REFERENCE && same && link && is_whole
     };
     let references = || all.iter().filter(is_reference);
     let reference = references().find(|other| other.key.link == key.link).or_else(|| references().next())?;
-    Some(cell.figures()?.validation_nats / reference.figures()?.validation_nats - 1.0)
+    Some(cell.figures()?.validation_nats? / reference.figures()?.validation_nats? - 1.0)
 }
 
 /// One table in Markdown.
@@ -216,6 +220,10 @@ fn line(row: &Row) -> String {
             }
         }
     };
+    let mut loss = text(&row.validation_nats, 4, 1.0, "");
+    if row.cut_tokens.is_some() {
+        let _ = write!(loss, " cut short at {} tokens", text(&row.cut_tokens, 0, 1.0, ""));
+    }
     let cells = [
         text(&row.tokens_per_second, 0, 1.0, ""),
         text(&row.utilisation, 1, 100.0, "%"),
@@ -223,7 +231,7 @@ fn line(row: &Row) -> String {
         text(&row.start_mb, 1, 1.0, ""),
         text(&row.first_step_seconds, 1, 1.0, ""),
         text(&row.stall_seconds, 2, 1.0, ""),
-        text(&row.validation_nats, 4, 1.0, ""),
+        loss.trim().to_owned(),
         text(&row.against_reference, 2, 100.0, "+%"),
         text(&row.training_nats_after_equal_time, 3, 1.0, ""),
     ];
@@ -278,6 +286,21 @@ mod tests {
             cell.key.budget = Budget::Minutes(2.0);
         }
         assert_eq!(against_reference(&other, &[ddp]), None);
+    }
+
+    #[test]
+    fn a_training_that_was_cut_short_has_speed_but_no_loss() {
+        let mut cut = cell("ddp", PEER, 1, 200.0, 2.0);
+        if let Outcome::Done(figures) = &mut cut.outcome {
+            figures.validation_nats = None;
+        }
+        let cells = [cut, cell("diloco", "flex", 1, 3_000.0, 2.02)];
+        let text = markdown(&groups(&cells)[0], &cells);
+        assert!(
+            text.contains("| ddp | 1 | 200 | 5.0 % |") && text.contains("| cut short at 600 tokens |  |"),
+            "{text}"
+        );
+        assert_eq!(against_reference(&cells[1], &cells), None);
     }
 
     #[test]
