@@ -208,7 +208,10 @@ pub struct SyncSection {
     pub keep_overlapped: bool,
     /// How deltas are coded: `f32`, `bf16`, `int8`, `e3m0`, `mxfp4`, `sparse96` or `sparse`.
     pub codec: Codec,
-    /// Part of what coding lost that is added to the next delta.
+    /// Whether what coding lost stays in the site's own parameters, so that its next delta holds it. Otherwise the site takes over
+    /// what was merged, and adds `error_feedback` of what was lost to its next delta.
+    pub keep_residual: bool,
+    /// Part of what coding lost that is added to the next delta, where it is not kept.
     pub error_feedback: f64,
     /// Step size of the outer Nesterov momentum. Published for long runs: 0.7 (arXiv 2311.08105).
     pub outer_learning_rate: f64,
@@ -237,6 +240,7 @@ impl Default for SyncSection {
             mixing: 1.0,
             keep_overlapped: true,
             codec: Codec::F32,
+            keep_residual: true,
             error_feedback: 1.0,
             outer_learning_rate: 1.0,
             outer_momentum: 0.0,

@@ -81,7 +81,8 @@ fn run_round(sites: &mut [Site], plan: &RoundPlan, ledger: &mut Ledger) -> Resul
     for (Site { trainer, merger }, assignment) in sites.iter_mut().zip(&plan.assignments) {
         let (mut progress, steps) = (Progress::default(), 0..assignment.steps);
         trainer.train((plan, assignment), steps, &mut progress, &never, &mut |_| {})?;
-        let local = trainer.snapshot(&trainer.schema().whole(), &mut progress)?;
+        let whole = trainer.schema().whole();
+        let local = Arc::new(trainer.snapshot(&whole, &mut progress)?);
         let delta = merger.encode(plan.round, plan.fragment, &local).map_err(|error| format!("{error:?}"))?;
         ledger.commit(plan.round, assignment.site);
         let (delta_hash, delta_bytes) = (base::ContentHash::default(), delta.len() as u64);
@@ -100,7 +101,8 @@ fn run_round(sites: &mut [Site], plan: &RoundPlan, ledger: &mut Ledger) -> Resul
     };
     for Site { trainer, merger } in sites {
         let merged = merger.merge(&commit, &deltas)?;
-        trainer.take_over(&trainer.schema().whole(), &merged.values, None)?;
+        let whole = trainer.schema().whole();
+        trainer.take_over(&whole, &merged.values, None)?;
     }
     Ok(())
 }

@@ -51,7 +51,7 @@ pub(crate) fn run(mut merger: Merger, jobs: &std::sync::mpsc::Receiver<HostJob>,
 fn encode(
     merger: &mut Merger,
     plan: &RoundPlan,
-    values: &[f32],
+    values: &Arc<Vec<f32>>,
     progress: &Progress,
     abandoned: Arc<AtomicBool>,
 ) -> Done {

@@ -3,15 +3,20 @@
 //! For the fragment p of a round, with local parameters L, global parameters G and what earlier coding left over, e:
 //! ```text
 //! d = G_p - L_p + e_p         (the gradient + e_p where the strategy is synchronous)
-//! q = encode(d);   e_p = beta * (d - decode(q))
-//! D = sum over contributors, ascending by site id, of (T_i / sum T) * decode(q_i)        in f32
+//! q = decode(encode(d))
+//! D = sum over contributors, ascending by site id, of (T_i / sum T) * q_i        in f32
 //! ```
-//! then the outer step on D ([`rounds::OuterOptimizer`]). A delta that was left out of its round's commit goes back into e_p whole, so
-//! that the next one holds it.
+//! then the outer step on D ([`rounds::OuterOptimizer`]). What coding lost, d - q, is kept in one of two ways:
+//!
+//! - in `streaming`, unless `keep_residual` is off, in the local parameters: these take over G' - G + q, that is what was merged less what this
+//!   site has given to it. The next d holds what was lost, and e_p is 0. A delta that its commit left out needs no more: the site
+//!   takes over G' - G;
+//! - otherwise in e_p = beta * (d - q), and the local parameters take over all of G'. A delta that was left out goes back into e_p.
 
 use crate::state::{GlobalState, SharedState};
 use base::config::{Strategy, SyncSection};
 use base::{ContentHash, Fragment, ParameterSchema, Round, RunConfig, SiteId};
+use bytes::Bytes;
 use rounds::{Commit, FragmentPlan};
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
@@ -36,6 +41,18 @@ pub struct Merged {
     pub fragment: FragmentPlan,
     /// The fragment's new global parameters.
     pub values: Arc<Vec<f32>>,
+    /// Its global parameters before, in `streaming`.
+    pub values_before: Option<Arc<Vec<f32>>>,
+    /// What this site's own parameters are counted from when they take over [`Merged::values`]: see [`crate::Trainer::take_over`]. `None`
+    /// where it took no snapshot in that round.
+    pub own_before: Option<Arc<Vec<f32>>>,
+}
+
+/// An own delta that no commit has named or left out yet.
+struct InFlight {
+    encoded: Bytes,
+    /// See [`Merged::own_before`].
+    own_before: Option<Arc<Vec<f32>>>,
 }
 
 /// Which parameters a plan means.
@@ -67,8 +84,7 @@ pub struct Merger {
     fragments: Fragments,
     /// What coding left over, of all parameters; empty while nothing was.
     residual: Vec<f32>,
-    /// Own deltas that no commit has named or left out yet.
-    in_flight: BTreeMap<Round, bytes::Bytes>,
+    in_flight: BTreeMap<Round, InFlight>,
 }
 
 impl Merger {
@@ -84,15 +100,15 @@ impl Merger {
     ///
     /// # Errors
     /// A number that is not finite: nothing has changed.
-    pub fn encode(&mut self, round: Round, plan: FragmentPlan, local: &[f32]) -> Result<bytes::Bytes, NotFinite> {
+    pub fn encode(&mut self, round: Round, plan: FragmentPlan, local: &Arc<Vec<f32>>) -> Result<Bytes, NotFinite> {
         let fragment = self.fragments.of(plan);
         let mut delta = vec![0.0; fragment.elements()];
         if self.sync.strategy == Strategy::Synchronous {
-            delta.copy_from_slice(local);
+            delta.copy_from_slice(&local[..]);
         } else {
             let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
             fragment.gather(&state.parameters, &mut delta);
-            delta.iter_mut().zip(local).for_each(|(global, local)| *global -= local);
+            delta.iter_mut().zip(&local[..]).for_each(|(global, local)| *global -= local);
         }
         if !self.residual.is_empty() {
             visit(&fragment, &self.residual, &mut delta, |residual, delta| *delta += residual);
@@ -101,14 +117,25 @@ impl Merger {
         let codec = rounds::codec(plan.codec);
         let mut encoded = vec![0; codec.encoded_bytes(delta.len())];
         codec.encode(&mut delta, &mut encoded);
-        self.keep(&fragment, &delta);
-        let encoded = bytes::Bytes::from(encoded);
-        self.in_flight.insert(round, encoded.clone());
+        let own_before = if self.keeps_residual() {
+            // G - q = L + (d - q)
+            delta.iter_mut().zip(&local[..]).for_each(|(lost, local)| *lost += local);
+            Some(Arc::new(delta))
+        } else {
+            self.feed_back(&fragment, &delta);
+            (self.sync.strategy == Strategy::Streaming).then(|| Arc::clone(local))
+        };
+        let encoded = Bytes::from(encoded);
+        self.in_flight.insert(round, InFlight { encoded: encoded.clone(), own_before });
         Ok(encoded)
     }
 
+    fn keeps_residual(&self) -> bool {
+        self.sync.strategy == Strategy::Streaming && self.sync.keep_residual
+    }
+
     /// `lost` is what the encoding of `fragment` left over.
-    fn keep(&mut self, fragment: &Fragment, lost: &[f32]) {
+    fn feed_back(&mut self, fragment: &Fragment, lost: &[f32]) {
         let decay = self.sync.error_feedback as f32;
         if self.residual.is_empty() {
             if lost.iter().all(|value| *value == 0.0) {
@@ -143,7 +170,7 @@ impl Merger {
     ///
     /// # Errors
     /// Bytes that no encoder writes. They were checked when they were fetched, so that this is a bug or a broken memory.
-    pub fn merge(&mut self, commit: &Commit, deltas: &[bytes::Bytes]) -> Result<Merged, formats::DecodeError> {
+    pub fn merge(&mut self, commit: &Commit, deltas: &[Bytes]) -> Result<Merged, formats::DecodeError> {
         let fragment = self.fragments.of(commit.fragment);
         let codec = rounds::codec(commit.fragment.codec);
         let mut merged = vec![0.0; fragment.elements()];
@@ -154,38 +181,47 @@ impl Merger {
             .map(|(contributor, delta)| (contributor.tokens, &delta[..]))
             .collect();
         rounds::token_weighted_mean(codec, &contributions, &mut merged)?;
-        self.settle_own(commit, &fragment)?;
         let state = Arc::clone(&self.state);
         let mut state = state.write().unwrap_or_else(PoisonError::into_inner);
+        let values_before = (self.sync.strategy == Strategy::Streaming).then(|| {
+            let mut before = vec![0.0; fragment.elements()];
+            fragment.gather(&state.parameters, &mut before);
+            Arc::new(before)
+        });
+        let own_before = self.settle_own(commit, &fragment, values_before.as_ref())?;
         let GlobalState { parameters, outer, .. } = &mut *state;
         outer.step(commit.round.0 - 1, &fragment, parameters, &mut merged);
         state.commit = commit.clone();
         let state_hash = state.hash();
         fragment.gather(&state.parameters, &mut merged);
-        Ok(Merged { round: commit.round, state_hash, fragment: commit.fragment, values: Arc::new(merged) })
+        let (round, values) = (commit.round, Arc::new(merged));
+        Ok(Merged { round, state_hash, fragment: commit.fragment, values, values_before, own_before })
     }
 
-    /// What this site sent and the commit left out is not lost.
-    fn settle_own(&mut self, commit: &Commit, fragment: &Fragment) -> Result<(), formats::DecodeError> {
+    /// What this site sent and the commit left out is not lost. Gives [`Merged::own_before`].
+    fn settle_own(
+        &mut self,
+        commit: &Commit,
+        fragment: &Fragment,
+        values_before: Option<&Arc<Vec<f32>>>,
+    ) -> Result<Option<Arc<Vec<f32>>>, formats::DecodeError> {
         let own = self.in_flight.remove(&commit.round);
         self.in_flight.retain(|round, _| *round > commit.round);
-        let Some(own) = own.filter(|_| commit.contributors.iter().all(|contributor| contributor.site != self.site))
-        else {
-            return Ok(());
-        };
+        let Some(InFlight { encoded, own_before }) = own else { return Ok(None) };
+        if commit.contributors.iter().any(|contributor| contributor.site == self.site) {
+            return Ok(own_before);
+        }
+        if self.keeps_residual() {
+            return Ok(values_before.map(Arc::clone));
+        }
         if self.residual.is_empty() {
             self.residual = vec![0.0; self.schema.elements()];
         }
         let mut kept = vec![0.0; fragment.elements()];
         fragment.gather(&self.residual, &mut kept);
-        rounds::codec(commit.fragment.codec).accumulate(&own, 1.0, &mut kept)?;
+        rounds::codec(commit.fragment.codec).accumulate(&encoded, 1.0, &mut kept)?;
         fragment.scatter(&kept, &mut self.residual);
-        Ok(())
-    }
-
-    /// Euclidean norm of what coding has left over.
-    pub fn residual_norm(&self) -> f64 {
-        self.residual.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>().sqrt()
+        Ok(own_before)
     }
 
     /// Forgets own deltas that are on their way: their plans were withdrawn.

@@ -400,11 +400,11 @@ impl Trainer {
         Ok(values)
     }
 
-    /// Takes over the merged parameters of a fragment. `before` are the local ones when the snapshot was taken that was merged:
+    /// Takes over the merged parameters of a fragment. The local ones are counted from `before`:
     /// ```text
     /// L = (1 - alpha) * L + alpha * (G + kept),    kept = L - before, or 0
     /// ```
-    /// With `None`, or where nothing was trained since and alpha is 1, the local parameters become the global ones.
+    /// With `before` = `None` the local parameters become the global ones.
     ///
     /// # Errors
     /// The engine failed.

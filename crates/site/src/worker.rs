@@ -18,7 +18,7 @@ use base::{ContentHash, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use engine::{EngineError, EngineState};
 use rounds::{Assignment, Commit, Contribution, FragmentPlan, RoundPlan};
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -95,8 +95,10 @@ pub(crate) struct Local {
     fragments: Fragments,
     /// The round that is being trained.
     progress: (Round, Progress),
-    /// Local parameters of fragments that travel, when their snapshots were taken.
-    snapshots: BTreeMap<Round, (FragmentPlan, Arc<Vec<f32>>)>,
+    /// Rounds whose snapshots are on their way and are still what the engine's parameters are counted from.
+    in_flight: BTreeSet<Round>,
+    /// The engine was given the global parameters as they were after this round.
+    given: Round,
     /// The engine holds the global parameters, as they are or were.
     is_global: bool,
 }
@@ -104,7 +106,8 @@ pub(crate) struct Local {
 impl Local {
     pub(crate) fn new(config: &RunConfig) -> Self {
         let progress = (Round(0), Progress::default());
-        Self { fragments: Fragments::new(config.schema()), progress, snapshots: BTreeMap::new(), is_global: true }
+        let (fragments, in_flight) = (Fragments::new(config.schema()), BTreeSet::new());
+        Self { fragments, progress, in_flight, given: Round(0), is_global: true }
     }
 }
 
@@ -234,9 +237,7 @@ impl Worker {
         let mut progress = std::mem::take(&mut self.local.progress.1);
         let values = self.surviving(|worker| worker.trainer.snapshot(&fragment, &mut progress))?;
         let values = Arc::new(values);
-        if self.config.sync.strategy == Strategy::Streaming {
-            self.local.snapshots.insert(plan.round, (plan.fragment, Arc::clone(&values)));
-        }
+        self.local.in_flight.insert(plan.round);
         // A thread that is gone is noticed where its results are awaited.
         let _gone = self.host.send(HostJob::Encode { plan, values, progress, abandon });
         Ok(())
@@ -247,10 +248,15 @@ impl Worker {
         let round = merged.round;
         let fragment = self.local.fragments.of(merged.fragment);
         self.surviving(|worker| {
-            let before = worker.local.snapshots.get(&round).map(|(_, values)| Arc::clone(values));
-            worker.trainer.take_over(&fragment, &merged.values, before.as_ref().map(|values| &values[..]))
+            if round <= worker.local.given {
+                return Ok(());
+            }
+            // An engine that was given the global parameters meanwhile has learnt since from those.
+            let own_before = merged.own_before.as_ref().filter(|_| worker.local.in_flight.contains(&round));
+            let before = own_before.or(merged.values_before.as_ref()).map(|values| &values[..]);
+            worker.trainer.take_over(&fragment, &merged.values, before)
         })?;
-        self.local.snapshots.remove(&round);
+        self.local.in_flight.remove(&round);
         self.local.is_global |= self.config.sync.strategy != Strategy::Streaming;
         self.emit(Event::RoundApplied { round, site: self.site, state_hash: merged.state_hash });
         if evaluate && round.0.is_multiple_of(self.config.evaluate.every_rounds) {
@@ -264,7 +270,6 @@ impl Worker {
 
     /// Forgets what was trained and not merged.
     fn start_over(&mut self) -> Result<(), TrainError> {
-        self.local.snapshots.clear();
         self.local.progress = (Round(0), Progress::default());
         self.surviving(Self::put_back)
     }
@@ -272,13 +277,9 @@ impl Worker {
     /// Gives the engine the global parameters, whatever it has trained since. What it learns from now on is counted from these.
     fn put_back(&mut self) -> Result<(), TrainError> {
         let state = self.global();
-        for (plan, values) in self.local.snapshots.values_mut() {
-            let fragment = self.local.fragments.of(*plan);
-            let mut global = vec![0.0; fragment.elements()];
-            fragment.gather(&state.parameters, &mut global);
-            *values = Arc::new(global);
-        }
         self.trainer.write(&state.parameters)?;
+        self.local.in_flight.clear();
+        self.local.given = state.commit.round;
         self.local.is_global = true;
         Ok(())
     }

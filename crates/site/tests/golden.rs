@@ -277,7 +277,7 @@ impl<'a> World<'a> {
             let (mut progress, steps) = (Progress::default(), 0..assignment.steps);
             assert!(trainer.train((plan, assignment), steps, &mut progress, &abandon, &mut |_| {}).unwrap());
             let fragment = trainer.schema().whole();
-            let local = trainer.snapshot(&fragment, &mut progress).unwrap();
+            let local = Arc::new(trainer.snapshot(&fragment, &mut progress).unwrap());
             let delta = merger.encode(plan.round, plan.fragment, &local).unwrap();
             let contribution = Contribution {
                 tokens: progress.loss.tokens,

@@ -98,7 +98,7 @@ pub(crate) async fn coordinate_with(run: &Run, pulses: Arc<Pulses>) -> (Invite, 
     let (address, secret) = (listener.address().to_string(), Secret::generate().unwrap());
     let invite = Invite::new(&address, &run.config.run.name, identity.fingerprint(), secret).unwrap();
     let initial = run.initial_state().global;
-    let settings = Settings::new(&run.config, (initial.parameters.len() * size_of::<f32>()) as u64);
+    let settings = Settings::new(&run.config);
     let (coordinator, _) = Coordinator::recover(settings, initial.hash(), []);
     let shell =
         Shell { pulses, coordinator, outboxes: BTreeMap::new(), notes: Vec::new(), began: Instant::now(), done: false };
