@@ -62,28 +62,20 @@ impl Group {
     }
 }
 
-/// All groups, in the order of their first measurement.
+/// All groups, in the order of their first measurement by engine. One in which Beringia was not measured is the peers' own.
 pub(crate) fn groups(cells: &[Cell]) -> Vec<Group> {
-    let mut engines: Vec<&str> = Vec::new();
-    for cell in cells.iter().filter(|cell| cell.key.engine != PEER) {
-        if !engines.contains(&cell.key.engine.as_str()) {
-            engines.push(&cell.key.engine);
+    let mut groups: Vec<Group> = Vec::new();
+    for cell in cells {
+        let key = &cell.key;
+        let (engine, size) = (key.engine.clone(), key.size.clone());
+        let group = Group { engine, size, link: key.link, budget: key.budget };
+        if !groups.contains(&group) {
+            groups.push(group);
         }
     }
-    if engines.is_empty() {
-        engines.push(PEER);
-    }
-    let mut groups = Vec::new();
-    for engine in engines {
-        for cell in cells.iter().filter(|cell| cell.key.engine == engine || cell.key.engine == PEER) {
-            let key = &cell.key;
-            let (engine, size) = (engine.to_owned(), key.size.clone());
-            let group = Group { engine, size, link: key.link, budget: key.budget };
-            if !groups.contains(&group) {
-                groups.push(group);
-            }
-        }
-    }
+    let own: Vec<Group> = groups.iter().filter(|group| group.engine != PEER).cloned().collect();
+    let same = |a: &Group, b: &Group| (&a.size, a.link, a.budget) == (&b.size, b.link, b.budget);
+    groups.retain(|group| group.engine != PEER || !own.iter().any(|other| same(group, other)));
     groups
 }
 
@@ -192,8 +184,8 @@ pub(crate) fn markdown(group: &Group, all: &[Cell]) -> String {
         // Writing to a string cannot fail, here and below.
         let _ = writeln!(text, "Link by iperf3: {}.", cell.link_measured);
     }
-    let minutes = seconds / 60.0;
-    let _ = writeln!(text, "\n{HEADER} training loss after {minutes:.1} minutes |\n|---|{}", "---:|".repeat(10));
+    let when = if seconds.is_finite() { format!("{:.1}", seconds / 60.0) } else { "equal".to_owned() };
+    let _ = writeln!(text, "\n{HEADER} training loss after {when} minutes |\n|---|{}", "---:|".repeat(10));
     for row in rows(group, all) {
         let _ = writeln!(text, "{}", line(&row));
     }
