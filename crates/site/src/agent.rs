@@ -317,6 +317,7 @@ fn prepare(
         evaluated: None,
         saved_round,
         restarts: 0,
+        engine_starts: 0,
         given_up: Arc::default(),
     };
     Ok((worker, host_jobs))

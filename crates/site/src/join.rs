@@ -3,9 +3,10 @@
 //! Everything is checked before any compute: the model and the seed, then every file by its BLAKE3.
 
 use crate::folder::RunFolder;
+use crate::state::TrainingState;
 use base::config::ConfigError;
-use base::layout::RUN_FILE;
-use base::{ContentHash, Hint, RunConfig};
+use base::layout::{CHECKPOINTS_FOLDER, INITIAL_CHECKPOINT, RUN_FILE};
+use base::{ContentHash, Hint, Round, RunConfig};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -157,11 +158,43 @@ pub(crate) async fn fetch_run(
         }
     }
     write(&folder.run_file(), welcome.run_toml.as_bytes())?;
-    for file in missing {
+    let made = {
+        let (folder, config) = (folder.clone(), config.clone());
+        let wanted: Vec<RunFile> = missing.iter().map(|file| (*file).clone()).collect();
+        tokio::task::spawn_blocking(move || make_initial_state(&folder, &config, &wanted)).await.unwrap_or_default()
+    };
+    for file in missing.into_iter().filter(|file| !made.contains(&file.name)) {
         on_file(file);
         fetch_file(folder, file, client, coordinator).await?;
     }
     Ok(config)
+}
+
+/// Makes the initial state from the run's seed where it was made so, rather than fetch it over a thin link. Gives the names of those
+/// wanted files that came out as they should be, and are in place; whatever goes wrong, the others are fetched.
+fn make_initial_state(folder: &RunFolder, config: &RunConfig, wanted: &[RunFile]) -> Vec<String> {
+    let initial = format!("{CHECKPOINTS_FOLDER}/{INITIAL_CHECKPOINT}/");
+    let files: Vec<(&RunFile, &str)> =
+        wanted.iter().filter_map(|file| Some((file, file.name.strip_prefix(&initial)?))).collect();
+    if files.is_empty() || config.transformers.is_some() {
+        return Vec::new();
+    }
+    let place = folder.root().join(".initial.partial");
+    let make = || -> Option<Vec<String>> {
+        let parameters = engine::initial_parameters(&config.model, config.run.seed);
+        let state = TrainingState::initial(config, &parameters).ok()?;
+        state.save(&place, Round(0), &config.schema(), config.checkpoint.keep).ok()?;
+        std::fs::create_dir_all(folder.checkpoints().join(INITIAL_CHECKPOINT)).ok()?;
+        let is_right = |(file, name): &&(&RunFile, &str)| {
+            let (made, put) = (place.join(INITIAL_CHECKPOINT).join(name), folder.root().join(&file.name));
+            is_here(&made, file).unwrap_or(false) && std::fs::rename(made, put).is_ok()
+        };
+        Some(files.iter().filter(is_right).map(|(file, _)| file.name.clone()).collect())
+    };
+    let made = make().unwrap_or_default();
+    // What is left of it is in nobody's way.
+    let _left = std::fs::remove_dir_all(&place);
+    made
 }
 
 /// Whether that very file is here already.

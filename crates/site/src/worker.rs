@@ -86,6 +86,8 @@ pub(crate) struct Worker {
     pub(crate) saved_round: Option<Round>,
     /// Restarts of the engine since the last commit.
     pub(crate) restarts: u64,
+    /// Restarts of the engine in all: what it was trained before the last one is gone.
+    pub(crate) engine_starts: u64,
     /// Set when the agent has given the engine up: it is not started again.
     pub(crate) given_up: Arc<AtomicBool>,
 }
@@ -94,7 +96,7 @@ pub(crate) struct Worker {
 pub(crate) struct Local {
     fragments: Fragments,
     /// The round that is being trained.
-    progress: (Round, Progress),
+    work: Work,
     /// Rounds whose snapshots are on their way and are still what the engine's parameters are counted from.
     in_flight: BTreeSet<Round>,
     /// The engine was given the global parameters as they were after this round.
@@ -103,11 +105,22 @@ pub(crate) struct Local {
     is_global: bool,
 }
 
+/// What has been trained of a round.
+#[derive(Clone, Default)]
+struct Work {
+    round: Round,
+    /// Known once there are steps in it.
+    assignment: Option<Assignment>,
+    progress: Progress,
+    /// Which start of the engine holds it: see [`Worker::engine_starts`].
+    engine_start: u64,
+}
+
 impl Local {
     pub(crate) fn new(config: &RunConfig) -> Self {
-        let progress = (Round(0), Progress::default());
+        let work = Work::default();
         let (fragments, in_flight) = (Fragments::new(config.schema()), BTreeSet::new());
-        Self { fragments, progress, in_flight, given: Round(0), is_global: true }
+        Self { fragments, work, in_flight, given: Round(0), is_global: true }
     }
 }
 
@@ -185,6 +198,7 @@ impl Worker {
             self.restarts += 1;
             let (site, round, attempt) = (self.site, self.global().commit.round, self.restarts);
             self.emit(Event::EngineRestarted { site, round, attempt, reason: lost.to_string() });
+            self.engine_starts += 1;
             match self.trainer.recover().and_then(|()| self.put_back()) {
                 Err(TrainError::Engine(again @ EngineError::Lost { .. })) => lost = again,
                 other => return other,
@@ -207,22 +221,36 @@ impl Worker {
         if abandon.load(Ordering::Relaxed) {
             return Ok(());
         }
-        if self.local.progress.0 != plan.round {
-            self.local.progress = (plan.round, Progress::default());
+        self.begin_round(plan.round);
+        self.local.work.assignment = Some(assignment.clone());
+        self.surviving(|worker| worker.train_through(plan, steps.clone(), abandon))
+    }
+
+    fn begin_round(&mut self, round: Round) {
+        if self.local.work.round != round {
+            self.local.work = Work { round, engine_start: self.engine_starts, ..Work::default() };
         }
+    }
+
+    /// Makes those steps; after all before them where the engine has lost what it had trained of the round.
+    fn train_through(&mut self, plan: &RoundPlan, steps: Range<u64>, abandon: &AtomicBool) -> Result<(), TrainError> {
+        let mut work = self.local.work.clone();
+        let Some(assignment) = &work.assignment else { return Ok(()) };
+        let engine_start = self.engine_starts;
+        let start = if work.engine_start == engine_start {
+            steps.start
+        } else {
+            work.progress = Progress::default();
+            0
+        };
         self.local.is_global = false;
         let (site, reporter) = (self.site, Arc::clone(&self.reporter));
         let mut on_step = |done: &_| {
             reporter.lock().unwrap_or_else(PoisonError::into_inner).emit(step_event(site, plan.round, done));
         };
-        let before = self.local.progress.1.clone();
-        let progress = self.surviving(|worker| {
-            let mut progress = before.clone();
-            let steps = steps.clone();
-            worker.trainer.train((plan, assignment), steps, &mut progress, abandon, &mut on_step)?;
-            Ok(progress)
-        })?;
-        self.local.progress.1 = progress;
+        self.trainer.train((plan, assignment), start..steps.end, &mut work.progress, abandon, &mut on_step)?;
+        work.engine_start = engine_start;
+        self.local.work = work;
         Ok(())
     }
 
@@ -231,11 +259,14 @@ impl Worker {
             return Ok(());
         }
         let fragment = self.local.fragments.of(plan.fragment);
-        if self.local.progress.0 != plan.round {
-            self.local.progress = (plan.round, Progress::default());
-        }
-        let mut progress = std::mem::take(&mut self.local.progress.1);
-        let values = self.surviving(|worker| worker.trainer.snapshot(&fragment, &mut progress))?;
+        self.begin_round(plan.round);
+        let steps = self.local.work.assignment.as_ref().map_or(0, |assignment| assignment.steps);
+        let (values, progress) = self.surviving(|worker| {
+            // None, unless the engine has lost them.
+            worker.train_through(&plan, steps..steps, &abandon)?;
+            let mut progress = worker.local.work.progress.clone();
+            Ok((worker.trainer.snapshot(&fragment, &mut progress)?, progress))
+        })?;
         let values = Arc::new(values);
         self.local.in_flight.insert(plan.round);
         // A thread that is gone is noticed where its results are awaited.
@@ -270,7 +301,7 @@ impl Worker {
 
     /// Forgets what was trained and not merged.
     fn start_over(&mut self) -> Result<(), TrainError> {
-        self.local.progress = (Round(0), Progress::default());
+        self.local.work = Work::default();
         self.surviving(Self::put_back)
     }
 

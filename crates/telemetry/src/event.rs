@@ -413,6 +413,9 @@ impl Event {
             Self::EngineRestarted { site, round, attempt, reason } => {
                 told(format!("site {site}: engine started again (attempt {attempt} after round {round}): {reason}"))
             }
+            Self::Straggler { round, site, reason, waited_seconds } => told(format!(
+                "round {round} closed without site {site} after {waited_seconds:.1} s ({reason}): its work counts later"
+            )),
             Self::EngineHung { site, engine, call, step, seconds } => told(format!(
                 "site {site}: engine {engine} did not come back from '{call}' at inner step {step} for {seconds:.0} s"
             )),
