@@ -3,6 +3,7 @@
 //! ```text
 //! cargo bench -p formats                   64 MiB of f32, 7 rounds
 //! cargo bench -p formats -- --mib 1        resident in the cache
+//! cargo bench -p formats -- --only rank    rows whose names hold that word
 //! ```
 //!
 //! Each round times every row once, a copy before each, so that what else the machine does falls on both; printed are
@@ -10,11 +11,12 @@
 //! the seconds are those that the thread had on its core.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
-use formats::CodecKind;
 use formats::element::{self, Bf16, E2m1, E2m3, E3m0, E3m2, E4m3, E5m2, Element, F16};
+use formats::{CodecKind, LowRank, MatrixShape};
 use formats::{Overflow, Rounding};
 use rustix::time::{ClockId, clock_gettime};
 use std::hint::black_box;
+use std::rc::Rc;
 
 const MIB_DEFAULT: usize = 64;
 const ROUNDS_DEFAULT: usize = 7;
@@ -32,27 +34,32 @@ struct Buffers {
 }
 
 fn main() {
-    let (mut mib, mut rounds) = (MIB_DEFAULT, ROUNDS_DEFAULT);
+    let (mut mib, mut rounds, mut only) = (MIB_DEFAULT, ROUNDS_DEFAULT, String::new());
     let mut arguments = std::env::args().skip(1);
     while let Some(flag) = arguments.next() {
+        if flag == "--only" {
+            only = arguments.next().unwrap_or_default();
+            continue;
+        }
         let mut number = || arguments.next().and_then(|text| text.parse().ok()).filter(|number| *number > 0);
         match flag.as_str() {
             "--mib" => mib = number().unwrap_or(mib),
             "--rounds" => rounds = number().unwrap_or(rounds),
             "--bench" => {}
             _ => {
-                eprintln!("usage: cargo bench -p formats [-- --mib N --rounds N]");
+                eprintln!("usage: cargo bench -p formats [-- --mib N --rounds N --only WORD]");
                 std::process::exit(2);
             }
         }
     }
-    measure(mib, rounds);
+    measure(mib, rounds, &only);
 }
 
-fn measure(mib: usize, rounds: usize) {
+fn measure(mib: usize, rounds: usize, only: &str) {
     let values = mib * (1 << 20) / 4;
     let buffers = Buffers { input: normal_values(values), repeats: MIB_DEFAULT.div_ceil(mib) };
     let mut rows = rows(values);
+    rows.retain(|row| row.name.contains(only));
     let mut copy = copy_row(values);
     let mut copies = vec![Vec::new(); rows.len()];
     let mut times = vec![Vec::new(); rows.len()];
@@ -126,6 +133,7 @@ fn rows(values: usize) -> Vec<Row> {
     for kind in CodecKind::ALL {
         codec_rows(kind, values, &mut rows);
     }
+    low_rank_rows(values, &mut rows);
     rows
 }
 
@@ -205,6 +213,67 @@ fn codec_rows(kind: CodecKind, values: usize, rows: &mut Vec<Row>) {
             })
         }),
     });
+}
+
+/// Low-rank coding, at rank 10, of the input cut into the matrices of a small transformer's layers.
+fn low_rank_rows(values: usize, rows: &mut Vec<Row>) {
+    let low_rank = Rc::new(LowRank::new(&layer_shapes(values), 10));
+    let encoded = |low_rank: &LowRank, buffers: &Buffers| {
+        let mut encoded = vec![0; low_rank.encoded_bytes()];
+        low_rank.encode(&mut buffers.input.clone(), &mut low_rank.basis(1), &mut encoded);
+        encoded
+    };
+    let mut residual = Vec::new();
+    let (coding, mut basis, mut bytes) = (low_rank.clone(), low_rank.basis(1), vec![1; low_rank.encoded_bytes()]);
+    rows.push(Row {
+        name: "low rank, 10: encode and residual".to_owned(),
+        run: Box::new(move |buffers| {
+            let mut seconds = 0.0;
+            for _ in 0..buffers.repeats {
+                residual.clone_from(&buffers.input);
+                seconds += timed(1, || coding.encode(black_box(&mut residual), &mut basis, black_box(&mut bytes)));
+            }
+            seconds / buffers.repeats as f64
+        }),
+    });
+    let (coding, mut decoded) = (low_rank.clone(), vec![1.0; values]);
+    rows.push(Row {
+        name: "low rank, 10: decode".to_owned(),
+        run: Box::new(move |buffers| {
+            let encoded = encoded(&coding, buffers);
+            timed(buffers.repeats, || {
+                coding.decode(black_box(&encoded), black_box(&mut decoded)).unwrap_or_else(|error| panic!("{error}"));
+            })
+        }),
+    });
+    let mut sum = vec![1.0; values];
+    rows.push(Row {
+        name: "low rank, 10: accumulate".to_owned(),
+        run: Box::new(move |buffers| {
+            let encoded = encoded(&low_rank, buffers);
+            timed(buffers.repeats, || {
+                low_rank
+                    .accumulate(black_box(&encoded), 0.25, black_box(&mut sum))
+                    .unwrap_or_else(|error| panic!("{error}"));
+            })
+        }),
+    });
+}
+
+/// As many layers of width 256 as fit into `values`, and a vector of what is left.
+fn layer_shapes(values: usize) -> Vec<MatrixShape> {
+    let layer = [(768, 256), (256, 256), (1_408, 256), (256, 704)].map(|(rows, columns)| MatrixShape { rows, columns });
+    let mut shapes = Vec::new();
+    let mut left = values;
+    for shape in layer.into_iter().cycle() {
+        if shape.values() > left {
+            break;
+        }
+        left -= shape.values();
+        shapes.push(shape);
+    }
+    shapes.push(MatrixShape { rows: 1, columns: left });
+    shapes
 }
 
 /// Sums of four uniform numbers: near enough to normal for timing, and quick to make.

@@ -24,7 +24,7 @@ mod levels;
 mod select;
 mod sparse;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::fmt;
 use std::ops::Range;
@@ -134,6 +134,30 @@ pub enum DecodeError {
         value: usize,
         /// What is wrong with it.
         what: &'static str,
+    },
+    /// The length of a low-rank encoding does not follow from the shapes.
+    #[error("low rank: {matrices} matrices are {wanted} bytes, and {found} came")]
+    MatricesLength {
+        /// Matrices that were to be decoded.
+        matrices: usize,
+        /// Bytes that they take.
+        wanted: usize,
+        /// Bytes that came.
+        found: usize,
+    },
+    /// A matrix of a low-rank encoding, or one of its factors, is not an encoding.
+    #[error("low rank, matrix {matrix}: {reason}")]
+    Matrix {
+        /// Which one, in the order of the shapes.
+        matrix: usize,
+        /// What is wrong with it; values are counted within the factor's row or column.
+        reason: Box<DecodeError>,
+    },
+    /// The factors of a matrix are so large that their product may be infinite.
+    #[error("low rank, matrix {matrix}: the product of the factors may be infinite")]
+    ProductNotFinite {
+        /// Which one, in the order of the shapes.
+        matrix: usize,
     },
 }
 

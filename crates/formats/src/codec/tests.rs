@@ -20,7 +20,7 @@ fn lengths() -> impl Strategy<Value = usize> {
 }
 
 /// Finite numbers of any size, some equal to others, zero or subnormal: from a seed, so that a failure is short to tell.
-fn finite_values(length: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn finite_values(length: usize, seed: u64) -> Vec<f32> {
     const PARTICULAR: [f32; 11] =
         [0.0, -0.0, 1.0, -1.0, 0.5, 3.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-42, -1e-30];
     let [choice, number] = [2, 3].map(|high| crate::round::Key::new(seed, high));
@@ -38,7 +38,7 @@ fn finite_values(length: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
@@ -56,7 +56,7 @@ fn decoded(codec: &dyn Codec, encoded: &[u8], values: usize) -> Result<Vec<f32>,
 }
 
 /// Standard normal numbers, by Box and Muller from a counter.
-fn normal(count: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn normal(count: usize, seed: u64) -> Vec<f32> {
     let key = crate::round::Key::new(seed, 0);
     let uniform = |index: u32| (f64::from(key.random(index)) + 0.5) / 2_f64.powi(32);
     (0..count as u32)
