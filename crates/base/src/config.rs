@@ -184,6 +184,8 @@ pub enum Codec {
     E3m0,
     /// 4 bits in blocks of 32 with a shared exponent (OCP MX).
     Mxfp4,
+    /// Each matrix as a product of two thin factors of `rank`, in 4 bits.
+    LowRank,
     /// The 96 largest of each 4,096, in 2 bits each.
     Sparse96,
     /// The 64 largest of each 4,096, in 2 bits each (arXiv 2508.15706).
@@ -206,8 +208,10 @@ pub struct SyncSection {
     pub mixing: f64,
     /// Whether what a site has learnt while a fragment travelled stays in its local parameters.
     pub keep_overlapped: bool,
-    /// How deltas are coded: `f32`, `bf16`, `int8`, `e3m0`, `mxfp4`, `sparse96` or `sparse`.
+    /// How deltas are coded: `f32`, `bf16`, `int8`, `e3m0`, `mxfp4`, `lowrank`, `sparse96` or `sparse`.
     pub codec: Codec,
+    /// Columns of a factor, where the codec is `lowrank`.
+    pub rank: u32,
     /// Whether what coding lost stays in the site's own parameters, so that its next delta holds it. Otherwise the site takes over
     /// what was merged, and adds `error_feedback` of what was lost to its next delta.
     pub keep_residual: bool,
@@ -240,6 +244,7 @@ impl Default for SyncSection {
             mixing: 1.0,
             keep_overlapped: true,
             codec: Codec::F32,
+            rank: 10,
             keep_residual: true,
             error_feedback: 1.0,
             outer_learning_rate: 1.0,
@@ -427,6 +432,7 @@ impl RunConfig {
             ("[sync] inner_steps", self.sync.inner_steps, 1, 1 << 20),
             ("[sync] sites", u64::from(self.sync.sites), 1, 10_000),
             ("[sync] fragments", u64::from(self.sync.fragments), 1, FRAGMENTS_MAX),
+            ("[sync] rank", u64::from(self.sync.rank), 1, 4_096),
             ("[checkpoint] every_rounds", self.checkpoint.every_rounds, 1, 1 << 40),
             ("[checkpoint] keep", self.checkpoint.keep as u64, 2, 1 << 20),
             ("[evaluate] every_rounds", self.evaluate.every_rounds, 1, 1 << 40),

@@ -17,7 +17,7 @@ pub mod plan;
 pub mod schedule;
 pub mod shares;
 
-pub use codec::{check_delta, codec, encoded_bytes};
+pub use codec::{EncoderMemory, FragmentCodec};
 pub use coordinator::{Command, Coordinator, Event, Settings};
 pub use ledger::{Ledger, LedgerTotals, SampleRange};
 pub use member::{Member, MemberCommand, MemberEvent};

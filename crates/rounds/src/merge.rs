@@ -4,7 +4,8 @@
 //! same bits. The weight is rounded to f32 once; products and sums are separate roundings (Rust never contracts
 //! them into a fused multiply-add).
 
-use formats::{Codec, DecodeError};
+use crate::codec::FragmentCodec;
+use formats::DecodeError;
 
 /// Writes the token-weighted mean of `contributions` (tokens and encoded delta, ascending by site id) to `merged`. Where nobody has
 /// trained, the mean is zero.
@@ -12,7 +13,7 @@ use formats::{Codec, DecodeError};
 /// # Errors
 /// A delta that is no encoding of as many values as `merged` has.
 pub fn token_weighted_mean(
-    codec: &dyn Codec,
+    codec: &FragmentCodec,
     contributions: &[(u64, &[u8])],
     merged: &mut [f32],
 ) -> Result<(), DecodeError> {
@@ -28,7 +29,15 @@ pub fn token_weighted_mean(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use formats::CodecKind;
+    use crate::plan::FragmentPlan;
+    use base::ParameterSchema;
+    use base::config::Codec;
+
+    /// Of a fragment of two values.
+    fn uncoded() -> FragmentCodec {
+        let schema = ParameterSchema::new([("weight".to_owned(), vec![2])]);
+        FragmentCodec::new(FragmentPlan { index: 0, count: 1, codec: Codec::F32 }, 1, &schema, &schema.whole())
+    }
 
     fn encoded(values: &[f32]) -> Vec<u8> {
         values.iter().flat_map(|value| value.to_le_bytes()).collect()
@@ -39,15 +48,15 @@ mod tests {
         let deltas = [[8.0, 0.0], [0.0, 8.0], [0.0, 16.0]].map(|delta| encoded(&delta));
         let contributions = [(100, &deltas[0][..]), (200, &deltas[1][..]), (500, &deltas[2][..])];
         let mut merged = [0.0; 2];
-        token_weighted_mean(CodecKind::F32.codec(), &contributions, &mut merged).unwrap();
+        token_weighted_mean(&uncoded(), &contributions, &mut merged).unwrap();
         assert_eq!(merged, [1.0, 12.0]);
-        token_weighted_mean(CodecKind::F32.codec(), &[(0, &deltas[0])], &mut merged).unwrap();
+        token_weighted_mean(&uncoded(), &[(0, &deltas[0])], &mut merged).unwrap();
         assert_eq!(merged, [0.0; 2], "nobody has trained");
     }
 
     #[test]
     fn another_models_delta_is_refused() {
         let delta = encoded(&[1.0, 2.0, 3.0]);
-        token_weighted_mean(CodecKind::F32.codec(), &[(1, &delta)], &mut [0.0; 2]).unwrap_err();
+        token_weighted_mean(&uncoded(), &[(1, &delta)], &mut [0.0; 2]).unwrap_err();
     }
 }

@@ -430,7 +430,7 @@ impl Agent {
         let engine = EngineHandle::new(&mut worker, options.hang);
         let state_bytes = state.read().unwrap_or_else(PoisonError::into_inner).encoded_bytes();
         let settings = Settings::new(&config);
-        let fragments = Fragments::new(settings.schema.clone());
+        let fragments = Fragments::new(&config);
         let host = worker.host.clone();
         let merger = Merger::new(site, &config, Arc::clone(&state));
         let host_done = done_in.clone();
@@ -668,8 +668,8 @@ impl Agent {
 
     fn fetch_delta(&mut self, round: Round, fragment: FragmentPlan, contributor: Contributor) {
         let key = BlobKey::Delta { round, fragment: fragment.index, site: contributor.site };
-        let elements = self.fragments.of(fragment).elements();
-        let bytes_max = rounds::encoded_bytes(fragment.codec, elements as u64);
+        let codec = self.fragments.codec(fragment);
+        let bytes_max = codec.encoded_bytes() as u64;
         let (client, shelf) = (self.client.clone(), Arc::clone(&self.shelf));
         let (reporter, site) = (Arc::clone(&self.reporter), self.site);
         let fetch = async move {
@@ -685,7 +685,7 @@ impl Agent {
                     streams: BULK_STREAMS,
                 };
                 let problem = match client.fetch(&request).await {
-                    Ok(bytes) => match rounds::check_delta(fragment.codec, elements, &bytes) {
+                    Ok(bytes) => match codec.check(&bytes) {
                         Ok(()) => {
                             let seconds = began.elapsed().as_secs_f64();
                             return Fetched::Delta { round, fragment, contributor, bytes: bytes.into(), seconds };

@@ -17,7 +17,7 @@ use crate::state::{GlobalState, SharedState};
 use base::config::{Strategy, SyncSection};
 use base::{ContentHash, Fragment, ParameterSchema, Round, RunConfig, SiteId};
 use bytes::Bytes;
-use rounds::{Commit, FragmentPlan};
+use rounds::{Commit, EncoderMemory, FragmentCodec, FragmentPlan};
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 
@@ -59,19 +59,26 @@ struct InFlight {
 #[derive(Debug)]
 pub struct Fragments {
     schema: ParameterSchema,
+    rank: u32,
     by_count: BTreeMap<u32, Vec<Fragment>>,
 }
 
 impl Fragments {
-    /// Of a model.
-    pub fn new(schema: ParameterSchema) -> Self {
-        Self { schema, by_count: BTreeMap::new() }
+    /// Of a run's model.
+    pub fn new(config: &RunConfig) -> Self {
+        Self { schema: config.schema(), rank: config.sync.rank, by_count: BTreeMap::new() }
     }
 
     /// The parameters of that fragment.
     pub fn of(&mut self, plan: FragmentPlan) -> Fragment {
         let all = self.by_count.entry(plan.count).or_insert_with(|| self.schema.fragments(plan.count));
         all[plan.index as usize % all.len()].clone()
+    }
+
+    /// How its deltas are coded.
+    pub fn codec(&mut self, plan: FragmentPlan) -> FragmentCodec {
+        let fragment = self.of(plan);
+        FragmentCodec::new(plan, self.rank, &self.schema, &fragment)
     }
 }
 
@@ -85,14 +92,16 @@ pub struct Merger {
     /// What coding left over, of all parameters; empty while nothing was.
     residual: Vec<f32>,
     in_flight: BTreeMap<Round, InFlight>,
+    /// What the encoder keeps of each fragment, by its index and their count.
+    memories: BTreeMap<(u32, u32), EncoderMemory>,
 }
 
 impl Merger {
     /// For the site of that id, with nothing left over.
     pub fn new(site: SiteId, config: &RunConfig, state: SharedState) -> Self {
         let (schema, sync) = (config.schema(), config.sync.clone());
-        let (fragments, in_flight) = (Fragments::new(schema.clone()), BTreeMap::new());
-        Self { site, sync, schema, state, fragments, residual: Vec::new(), in_flight }
+        let (fragments, in_flight) = (Fragments::new(config), BTreeMap::new());
+        Self { site, sync, schema, state, fragments, residual: Vec::new(), in_flight, memories: BTreeMap::new() }
     }
 
     /// Encodes what this site has to give for a round: from the local parameters of the fragment, or from their gradient where the
@@ -114,9 +123,8 @@ impl Merger {
             visit(&fragment, &self.residual, &mut delta, |residual, delta| *delta += residual);
         }
         self.require_finite(&fragment, &delta)?;
-        let codec = rounds::codec(plan.codec);
-        let mut encoded = vec![0; codec.encoded_bytes(delta.len())];
-        codec.encode(&mut delta, &mut encoded);
+        let memory = self.memories.entry((plan.index, plan.count)).or_default();
+        let encoded = self.fragments.codec(plan).encode(&mut delta, memory);
         let own_before = if self.keeps_residual() {
             // G - q = L + (d - q)
             delta.iter_mut().zip(&local[..]).for_each(|(lost, local)| *lost += local);
@@ -172,7 +180,7 @@ impl Merger {
     /// Bytes that no encoder writes. They were checked when they were fetched, so that this is a bug or a broken memory.
     pub fn merge(&mut self, commit: &Commit, deltas: &[Bytes]) -> Result<Merged, formats::DecodeError> {
         let fragment = self.fragments.of(commit.fragment);
-        let codec = rounds::codec(commit.fragment.codec);
+        let codec = self.fragments.codec(commit.fragment);
         let mut merged = vec![0.0; fragment.elements()];
         let contributions: Vec<(u64, &[u8])> = commit
             .contributors
@@ -180,7 +188,7 @@ impl Merger {
             .zip(deltas)
             .map(|(contributor, delta)| (contributor.tokens, &delta[..]))
             .collect();
-        rounds::token_weighted_mean(codec, &contributions, &mut merged)?;
+        rounds::token_weighted_mean(&codec, &contributions, &mut merged)?;
         let state = Arc::clone(&self.state);
         let mut state = state.write().unwrap_or_else(PoisonError::into_inner);
         let values_before = (self.sync.strategy == Strategy::Streaming).then(|| {
@@ -219,7 +227,7 @@ impl Merger {
         }
         let mut kept = vec![0.0; fragment.elements()];
         fragment.gather(&self.residual, &mut kept);
-        rounds::codec(commit.fragment.codec).accumulate(&encoded, 1.0, &mut kept)?;
+        self.fragments.codec(commit.fragment).accumulate(&encoded, 1.0, &mut kept)?;
         fragment.scatter(&kept, &mut self.residual);
         Ok(own_before)
     }
@@ -233,6 +241,7 @@ impl Merger {
     pub fn start_over(&mut self) {
         self.residual = Vec::new();
         self.in_flight.clear();
+        self.memories.clear();
     }
 
     /// The global state that this merger changes.

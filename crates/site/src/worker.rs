@@ -119,7 +119,7 @@ struct Work {
 impl Local {
     pub(crate) fn new(config: &RunConfig) -> Self {
         let work = Work::default();
-        let (fragments, in_flight) = (Fragments::new(config.schema()), BTreeSet::new());
+        let (fragments, in_flight) = (Fragments::new(config), BTreeSet::new());
         Self { fragments, work, in_flight, given: Round(0), is_global: true }
     }
 }

@@ -1,6 +1,6 @@
 //! What goes into the coordinator's decisions and what comes out of them.
 
-use crate::codec::encoded_bytes;
+use crate::codec::FragmentCodec;
 use crate::ledger::{Ledger, LedgerTotals};
 use crate::plan::{Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan, SiteDevice};
 use crate::schedule::lookahead;
@@ -44,7 +44,8 @@ impl Settings {
     /// Size of an encoded delta of a fragment.
     pub fn delta_bytes(&self, plan: FragmentPlan) -> u64 {
         let fragments = self.schema.fragments(plan.count);
-        fragments.get(plan.index as usize).map_or(0, |fragment| encoded_bytes(plan.codec, fragment.elements() as u64))
+        let bytes = |fragment| FragmentCodec::new(plan, self.sync.rank, &self.schema, fragment).encoded_bytes() as u64;
+        fragments.get(plan.index as usize).map_or(0, bytes)
     }
 
     /// Rounds for which sites keep what they have fetched, so that one that was away or slow can catch up from any of them: those
