@@ -56,7 +56,8 @@ fn read_values(path: &str) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 
-/// A sum of 64 random outer products whose sizes fall by `decay`, and noise with the share `noise` of all energy.
+/// A sum of 64 random outer products whose sizes fall by `decay`, and with each delta other noise: the share `noise` of
+/// all energy.
 fn synthetic(name: &str, decay: f32, noise: f32) {
     let MatrixShape { rows, columns } = SYNTHETIC;
     let mut random = Random(1);
@@ -69,8 +70,9 @@ fn synthetic(name: &str, decay: f32, noise: f32) {
         }
     }
     let size = (energy(&values) / values.len() as f64 * f64::from(noise / (1.0 - noise))).sqrt() as f32;
-    values.iter_mut().for_each(|value| *value += size * random.normal());
-    table(name, &[SYNTHETIC], &vec![values; ENCODINGS]);
+    let mut noisy = || values.iter().map(|value| value + size * random.normal()).collect();
+    let deltas: Vec<Vec<f32>> = (0..ENCODINGS).map(|_| noisy()).collect();
+    table(name, &[SYNTHETIC], &deltas);
 }
 
 fn table(name: &str, shapes: &[MatrixShape], deltas: &[Vec<f32>]) {

@@ -140,11 +140,8 @@ fn least_squares_make_good_the_rounding_of_the_left_factor() {
     let values = matrix(shape, &scales, 0.0, 5);
     let low_rank = LowRank::new(&[shape], 4);
     let mut basis = low_rank.basis(1);
-    let (encoded, _) = encode(&low_rank, &values, &mut basis);
-    let (encoded, residual) = {
-        drop(encoded);
-        encode(&low_rank, &values, &mut basis)
-    };
+    encode(&low_rank, &values, &mut basis);
+    let (encoded, residual) = encode(&low_rank, &values, &mut basis);
     // What is left is orthogonal to the columns of P', but for the rounding of Q.
     let factors = low_rank.factors(0, &encoded).unwrap();
     let along = |values: &[f32]| -> f64 {
