@@ -116,7 +116,8 @@ fn a_matrix_of_that_rank_is_lost_only_by_the_rounding_of_the_factors() {
 
 #[test]
 fn a_warm_start_improves_up_to_the_best_of_the_rank() {
-    let scales: Vec<f32> = (0..12).map(|k| 0.8_f32.powi(k)).collect();
+    // Six directions stand out: by (0.15 / 0.5)^2 an encoding the others fade.
+    let scales = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.15, 0.12, 0.1, 0.08, 0.06, 0.05];
     for shape in [shape(96, 128), shape(128, 96)] {
         let values = matrix(shape, &scales, 0.004, 9);
         let squares = squared_singular_values(shape, &values);
@@ -126,7 +127,7 @@ fn a_warm_start_improves_up_to_the_best_of_the_rank() {
         // Rank 6: f32 factors of rank 8 would not be shorter than the values.
         let exact = errors(&LowRank::with_factors(&[shape], 6, CodecKind::F32), &values, 8);
         assert!(exact.windows(2).all(|pair| pair[1] <= pair[0] + 1e-6), "{exact:?}");
-        assert!(exact[0] > 1.1 * best, "a random start is not the best one: {exact:?}, {best}");
+        assert!(exact[0] > 1.05 * best, "a random start is not the best one: {exact:?}, {best}");
         assert!((best - 1e-6..1.01 * best).contains(&exact[7]), "{exact:?}, {best}");
         // Codes of 4 bits lose 1.2 % of P, most of which the least squares win back, and 1.2 % of Q.
         let rounded = errors(&LowRank::new(&[shape], 6), &values, 8);
