@@ -11,7 +11,9 @@
 //!
 //! A directive of an older term is refused.
 
-use crate::plan::{Assignment, Commit, Contribution, Contributor, Directive, LeaveReason, Peer, Report, RoundPlan};
+use crate::plan::{
+    Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan,
+};
 use base::{ContentHash, Round, SiteId, Term};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
@@ -101,7 +103,7 @@ pub enum MemberCommand {
         /// Round of the plan.
         round: Round,
         /// Which fragment of how many.
-        fragment: crate::plan::FragmentPlan,
+        fragment: FragmentPlan,
         /// What to fetch.
         contributor: Contributor,
     },
@@ -253,7 +255,7 @@ impl Member {
     fn announce(
         &mut self,
         round: Round,
-        fragment: crate::plan::FragmentPlan,
+        fragment: FragmentPlan,
         contributor: Contributor,
         commands: &mut Vec<MemberCommand>,
     ) {

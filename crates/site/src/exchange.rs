@@ -20,7 +20,7 @@ pub(crate) struct Shelf {
 #[derive(Default)]
 struct Inner {
     peers: BTreeMap<SiteId, Peer>,
-    /// By round, fragment and site.
+    /// By round and site, each with its fragment.
     deltas: BTreeMap<(Round, SiteId), (u32, Blob)>,
     /// The encoded state that was asked for last: it stays while commits go on, so that who has begun to fetch it can end.
     state: Option<(Round, Blob)>,

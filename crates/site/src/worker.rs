@@ -196,7 +196,7 @@ impl Worker {
     fn restart(&mut self, mut lost: EngineError) -> Result<(), TrainError> {
         while self.restarts < RESTARTS_PER_ROUND_MAX && !self.given_up.load(Ordering::Relaxed) {
             self.restarts += 1;
-            let (site, round, attempt) = (self.site, self.global().commit.round, self.restarts);
+            let (site, round, attempt) = (self.site, self.last_round(), self.restarts);
             self.emit(Event::EngineRestarted { site, round, attempt, reason: lost.to_string() });
             self.engine_starts += 1;
             match self.trainer.recover().and_then(|()| self.put_back()) {
@@ -210,6 +210,11 @@ impl Worker {
     /// The global state as it is now.
     fn global(&self) -> GlobalState {
         self.state.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The last round that is part of it.
+    fn last_round(&self) -> Round {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).commit.round
     }
 
     fn train(
@@ -234,23 +239,25 @@ impl Worker {
 
     /// Makes those steps; after all before them where the engine has lost what it had trained of the round.
     fn train_through(&mut self, plan: &RoundPlan, steps: Range<u64>, abandon: &AtomicBool) -> Result<(), TrainError> {
-        let mut work = self.local.work.clone();
+        let is_lost = self.local.work.engine_start != self.engine_starts;
+        if steps.is_empty() && !is_lost {
+            return Ok(());
+        }
+        let work = &mut self.local.work;
         let Some(assignment) = &work.assignment else { return Ok(()) };
-        let engine_start = self.engine_starts;
-        let start = if work.engine_start == engine_start {
-            steps.start
-        } else {
-            work.progress = Progress::default();
-            0
-        };
+        // Where these steps fail the engine is lost, and with it what they add to.
+        let mut progress = std::mem::take(&mut work.progress);
+        let mut start = steps.start;
+        if is_lost {
+            (progress, start) = (Progress::default(), 0);
+        }
         self.local.is_global = false;
         let (site, reporter) = (self.site, Arc::clone(&self.reporter));
         let mut on_step = |done: &_| {
             reporter.lock().unwrap_or_else(PoisonError::into_inner).emit(step_event(site, plan.round, done));
         };
-        self.trainer.train((plan, assignment), start..steps.end, &mut work.progress, abandon, &mut on_step)?;
-        work.engine_start = engine_start;
-        self.local.work = work;
+        self.trainer.train((plan, assignment), start..steps.end, &mut progress, abandon, &mut on_step)?;
+        (work.progress, work.engine_start) = (progress, self.engine_starts);
         Ok(())
     }
 
@@ -264,7 +271,7 @@ impl Worker {
         let (values, progress) = self.surviving(|worker| {
             // None, unless the engine has lost them.
             worker.train_through(&plan, steps..steps, &abandon)?;
-            let mut progress = worker.local.work.progress.clone();
+            let mut progress = std::mem::take(&mut worker.local.work.progress);
             Ok((worker.trainer.snapshot(&fragment, &mut progress)?, progress))
         })?;
         let values = Arc::new(values);
@@ -334,13 +341,13 @@ impl Worker {
     }
 
     fn evaluate(&mut self, answer: Answer<'_>) -> Result<(), TrainError> {
-        if self.evaluated == Some(self.global().commit.round) {
+        if self.evaluated == Some(self.last_round()) {
             return Ok(());
         }
         let ((evaluation, sample), state) = self.surviving(|worker| {
             worker.with_global(|worker| {
                 let evaluation = worker.trainer.evaluate()?;
-                let round = worker.global().commit.round;
+                let round = worker.last_round();
                 Ok((evaluation, sample_event(&mut worker.trainer, &worker.config, round)?))
             })
         })?;
@@ -353,11 +360,12 @@ impl Worker {
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
-        let global = self.global();
-        let round = global.commit.round;
-        if round == Round(0) || self.saved_round == Some(round) {
+        let last = self.last_round();
+        if last == Round(0) || self.saved_round == Some(last) {
             return Ok(());
         }
+        let global = self.global();
+        let round = global.commit.round;
         let EngineState { parameters: _, first_moments, second_moments, optimizer_steps } =
             self.surviving(|worker| Ok(worker.trainer.engine().save()?))?;
         let commit = global.commit.clone();

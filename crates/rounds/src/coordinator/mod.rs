@@ -376,8 +376,10 @@ impl Coordinator {
 
     /// Settles what the state after each commit is, once every site that was sent it has said what it holds (I1).
     fn agree(&mut self, commands: &mut Vec<Command>) {
-        while let Some(index) = self.history.iter().position(|committed| committed.state_hash.is_none()) {
-            let round = self.history[index].commit.round;
+        loop {
+            // Commits are settled in order.
+            let index = self.history.partition_point(|committed| committed.state_hash.is_some());
+            let Some(round) = self.history.get(index).map(|committed| committed.commit.round) else { return };
             let votes = self.votes.get(&round).cloned().unwrap_or_default();
             let voters = self.sites.iter().filter(|(_, site)| site.since.is_some_and(|since| since < round));
             let all_said = voters.map(|(id, _)| votes.contains_key(id)).reduce(|all, said| all && said);
