@@ -258,7 +258,8 @@ impl Engine for BurnEngine {
         self.limits().check_batch(batch)?;
         self.on_device(|engine| {
             let Backpropagated { loss_nats, gradients, norm } = engine.backpropagate(batch)?;
-            weights::read_fragment(&engine.schema, &gradients, &whole, gradient, engine.device_name())?;
+            let how = (engine.optimizer.kernels, engine.device_name());
+            weights::read_fragment(&engine.schema, &gradients, &whole, gradient, how)?;
             Ok(report(batch, loss_nats, norm, start))
         })
     }
@@ -288,7 +289,8 @@ impl Engine for BurnEngine {
     fn read_fragment(&mut self, fragment: &Fragment, values: &mut [f32]) -> Result<(), EngineError> {
         check_fragment(&self.schema, fragment, values.len())?;
         self.on_device(|engine| {
-            weights::read_fragment(&engine.schema, &engine.parameters, fragment, values, engine.device_name())
+            let how = (engine.optimizer.kernels, engine.device_name());
+            weights::read_fragment(&engine.schema, &engine.parameters, fragment, values, how)
         })
     }
 
@@ -301,6 +303,17 @@ impl Engine for BurnEngine {
             for (index, tensor) in written {
                 engine.parameters[index] = tensor;
             }
+            Ok(())
+        })
+    }
+
+    fn add_to_fragment(&mut self, fragment: &Fragment, change: &[f32]) -> Result<(), EngineError> {
+        if self.optimizer.kernels != BlockKernels::Fused {
+            return engine::add_on_host(self, fragment, change);
+        }
+        check_fragment(&self.schema, fragment, change.len())?;
+        self.on_device(|engine| {
+            weights::add_to_fragment(&engine.schema, &mut engine.parameters, fragment, change);
             Ok(())
         })
     }

@@ -3,6 +3,8 @@
 //! On the device every parameter has rank 2; a norm weight of h elements is a row `[1, h]`.
 
 use crate::failure;
+use crate::kernels;
+use crate::model::BlockKernels;
 use base::{Fragment, NamedTensors, ParameterSchema, ParameterSpec};
 use burn::tensor::{Device, Tensor, TensorData};
 use engine::EngineError;
@@ -80,11 +82,17 @@ pub(crate) fn read_fragment(
     tensors: &[Tensor<2>],
     fragment: &Fragment,
     values: &mut [f32],
-    device_name: &str,
+    (block_kernels, device_name): (BlockKernels, &str),
 ) -> Result<(), EngineError> {
     for (parameter, tensor) in schema.parameters().iter().zip(tensors) {
         let parts = overlaps(fragment, parameter);
         if parts.is_empty() {
+            continue;
+        }
+        if block_kernels == BlockKernels::Fused {
+            for (inside, outside) in parts {
+                kernels::parameters::read(tensor, inside, &mut values[outside]);
+            }
             continue;
         }
         let elements = download(tensor, device_name)?;
@@ -93,6 +101,20 @@ pub(crate) fn read_fragment(
         }
     }
     Ok(())
+}
+
+/// Adds `change` to the elements of a checked fragment, where the device's memory is the host's.
+pub(crate) fn add_to_fragment(
+    schema: &ParameterSchema,
+    tensors: &mut [Tensor<2>],
+    fragment: &Fragment,
+    change: &[f32],
+) {
+    for (parameter, tensor) in schema.parameters().iter().zip(tensors) {
+        for (inside, outside) in overlaps(fragment, parameter) {
+            kernels::parameters::add(tensor, inside, &change[outside]);
+        }
+    }
 }
 
 /// Tensors with the elements of a checked fragment replaced, by their place in canonical order.

@@ -176,6 +176,14 @@ pub trait Engine: Send {
     /// `values` is not as long as the fragment.
     fn write_fragment(&mut self, fragment: &Fragment, values: &[f32]) -> Result<(), EngineError>;
 
+    /// Adds `change` to the parameters of `fragment`, each sum rounded to f32 once.
+    ///
+    /// # Errors
+    /// `change` is not as long as the fragment.
+    fn add_to_fragment(&mut self, fragment: &Fragment, change: &[f32]) -> Result<(), EngineError> {
+        add_on_host(self, fragment, change)
+    }
+
     /// Everything needed to continue with the same bits.
     ///
     /// # Errors
@@ -215,6 +223,17 @@ pub trait Engine: Send {
     fn interrupter(&self) -> Option<Interrupter> {
         None
     }
+}
+
+/// [`Engine::add_to_fragment`] for every engine: reads, adds, writes.
+///
+/// # Errors
+/// As there.
+pub fn add_on_host<E: Engine + ?Sized>(engine: &mut E, fragment: &Fragment, change: &[f32]) -> Result<(), EngineError> {
+    let mut values = vec![0.0; change.len()];
+    engine.read_fragment(fragment, &mut values)?;
+    values.iter_mut().zip(change).for_each(|(value, change)| *value += change);
+    engine.write_fragment(fragment, &values)
 }
 
 /// See [`Engine::interrupter`].

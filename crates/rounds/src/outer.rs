@@ -53,7 +53,10 @@ impl OuterOptimizer {
 
     fn buffer_names_of(rule: &OuterRule) -> &'static [&'static str] {
         match rule {
-            OuterRule::Nesterov { .. } => &["momentum"],
+            OuterRule::Nesterov { momentum, .. } => {
+                // Without momentum there is nothing to remember, hash or hand to a newcomer.
+                if *momentum == 0.0 { &[] } else { &["momentum"] }
+            }
             OuterRule::Gradient(train) => match train.optimizer {
                 InnerOptimizer::AdamW => &["first_moment", "second_moment"],
                 InnerOptimizer::Sgd => &[],
@@ -86,8 +89,11 @@ impl OuterOptimizer {
                 let mut rest = &*merged;
                 for range in &fragment.ranges {
                     let (part, after) = rest.split_at(range.len());
-                    let (global, buffer) = (&mut global[range.clone()], &mut self.buffers[0][range.clone()]);
-                    nesterov(global, part, buffer, learning_rate, momentum);
+                    let global = &mut global[range.clone()];
+                    match self.buffers.first_mut() {
+                        Some(buffer) => nesterov(global, part, &mut buffer[range.clone()], learning_rate, momentum),
+                        None => sgd(global, part, learning_rate),
+                    }
                     rest = after;
                 }
             }

@@ -8,10 +8,13 @@
 //! ```
 //! then the outer step on D ([`rounds::OuterOptimizer`]). What coding lost, d - q, is kept in one of two ways:
 //!
-//! - in `streaming`, unless `keep_residual` is off, in the local parameters: these take over G' - G + q, that is what was merged less what this
-//!   site has given to it. The next d holds what was lost, and e_p is 0. A delta that its commit left out needs no more: the site
-//!   takes over G' - G;
+//! - in `streaming`, unless `keep_residual` is off, in the local parameters: these change by G' - G + q, that is by what was merged less what
+//!   this site has given to it. The next d holds what was lost, and e_p is 0. A delta that its commit left out needs no more: the
+//!   local parameters change by G' - G;
 //! - otherwise in e_p = beta * (d - q), and the local parameters take over all of G'. A delta that was left out goes back into e_p.
+//!
+//! Every pass over a fragment costs the engine's processor time where host and engine share one: none is made for what can be had in
+//! another.
 
 use crate::state::{GlobalState, SharedState};
 use base::config::{Strategy, SyncSection};
@@ -39,20 +42,31 @@ pub struct Merged {
     pub state_hash: ContentHash,
     /// What was merged.
     pub fragment: FragmentPlan,
-    /// The fragment's new global parameters.
-    pub values: Arc<Vec<f32>>,
-    /// Its global parameters before, in `streaming`.
-    pub values_before: Option<Arc<Vec<f32>>>,
-    /// What this site's own parameters are counted from when they take over [`Merged::values`]: see [`crate::Trainer::take_over`]. `None`
-    /// where it took no snapshot in that round.
-    pub own_before: Option<Arc<Vec<f32>>>,
+    /// What becomes of this site's own parameters of the fragment.
+    pub local: LocalChange,
+}
+
+/// How local parameters take over what was merged.
+#[derive(Debug, Clone, PartialEq)]
+pub enum LocalChange {
+    /// They become the fragment's new global parameters.
+    Become(Vec<f32>),
+    /// Something is added to them: they keep what was learnt since the snapshot.
+    Add {
+        /// What is added.
+        change: Vec<f32>,
+        /// It is counted from the snapshot that this site took in that round: whoever has lost that takes the global parameters
+        /// instead.
+        counts_from_snapshot: bool,
+    },
 }
 
 /// An own delta that no commit has named or left out yet.
 struct InFlight {
     encoded: Bytes,
-    /// See [`Merged::own_before`].
-    own_before: Option<Arc<Vec<f32>>>,
+    /// What the local parameters are counted from when they take over the merge, in `streaming`: the snapshot, or G - q where they keep
+    /// what coding lost.
+    before: Option<Vec<f32>>,
 }
 
 /// Which parameters a plan means.
@@ -111,35 +125,38 @@ impl Merger {
     /// A number that is not finite: nothing has changed.
     pub fn encode(&mut self, round: Round, plan: FragmentPlan, local: &Arc<Vec<f32>>) -> Result<Bytes, NotFinite> {
         let fragment = self.fragments.of(plan);
-        let mut delta = vec![0.0; fragment.elements()];
-        if self.sync.strategy == Strategy::Synchronous {
-            delta.copy_from_slice(&local[..]);
+        let mut delta = if self.sync.strategy == Strategy::Synchronous {
+            local.to_vec()
         } else {
             let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-            fragment.gather(&state.parameters, &mut delta);
-            delta.iter_mut().zip(&local[..]).for_each(|(global, local)| *global -= local);
-        }
+            difference(&fragment, &state.parameters, local)
+        };
         if !self.residual.is_empty() {
             visit(&fragment, &self.residual, &mut delta, |residual, delta| *delta += residual);
         }
         self.require_finite(&fragment, &delta)?;
         let memory = self.memories.entry((plan.index, plan.count)).or_default();
         let encoded = self.fragments.codec(plan).encode(&mut delta, memory);
-        let own_before = if self.keeps_residual() {
+        let before = if self.keeps_residual() {
             // G - q = L + (d - q)
             delta.iter_mut().zip(&local[..]).for_each(|(lost, local)| *lost += local);
-            Some(Arc::new(delta))
+            Some(delta)
         } else {
             self.feed_back(&fragment, &delta);
-            (self.sync.strategy == Strategy::Streaming).then(|| Arc::clone(local))
+            self.adds_to_local().then(|| local.to_vec())
         };
         let encoded = Bytes::from(encoded);
-        self.in_flight.insert(round, InFlight { encoded: encoded.clone(), own_before });
+        self.in_flight.insert(round, InFlight { encoded: encoded.clone(), before });
         Ok(encoded)
     }
 
     fn keeps_residual(&self) -> bool {
-        self.sync.strategy == Strategy::Streaming && self.sync.keep_residual
+        self.adds_to_local() && self.sync.keep_residual
+    }
+
+    /// Whether local parameters keep what was learnt since a snapshot.
+    fn adds_to_local(&self) -> bool {
+        self.sync.strategy == Strategy::Streaming && self.sync.keep_overlapped
     }
 
     /// `lost` is what the encoding of `fragment` left over.
@@ -163,8 +180,7 @@ impl Merger {
 
     /// A delta with a number that is not finite would poison every site's model.
     fn require_finite(&self, fragment: &Fragment, delta: &[f32]) -> Result<(), NotFinite> {
-        // Summed without branches; a number that is not finite makes the sum so.
-        if delta.iter().map(|value| value * 0.0).sum::<f32>() == 0.0 {
+        if formats::codec::all_finite(delta) {
             return Ok(());
         }
         let Some(index) = delta.iter().position(|value| !value.is_finite()) else { return Ok(()) };
@@ -189,38 +205,39 @@ impl Merger {
             .map(|(contributor, delta)| (contributor.tokens, &delta[..]))
             .collect();
         rounds::token_weighted_mean(&codec, &contributions, &mut merged)?;
-        let state = Arc::clone(&self.state);
-        let mut state = state.write().unwrap_or_else(PoisonError::into_inner);
-        let values_before = (self.sync.strategy == Strategy::Streaming).then(|| {
-            let mut before = vec![0.0; fragment.elements()];
-            fragment.gather(&state.parameters, &mut before);
-            Arc::new(before)
-        });
-        let own_before = self.settle_own(commit, &fragment, values_before.as_ref())?;
+        let own_before = self.settle_own(commit, &fragment)?;
+        let counts_from_snapshot = own_before.is_some();
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let before = self.adds_to_local().then(|| own_before.unwrap_or_else(|| gathered(&fragment, &state.parameters)));
         let GlobalState { parameters, outer, .. } = &mut *state;
         outer.step(commit.round.0 - 1, &fragment, parameters, &mut merged);
         state.commit = commit.clone();
         let state_hash = state.hash();
-        fragment.gather(&state.parameters, &mut merged);
-        let (round, values) = (commit.round, Arc::new(merged));
-        Ok(Merged { round, state_hash, fragment: commit.fragment, values, values_before, own_before })
+        let local = match before {
+            Some(mut change) => {
+                let alpha = self.sync.mixing as f32;
+                visit(&fragment, &state.parameters, &mut change, |global, before| *before = alpha * (global - *before));
+                LocalChange::Add { change, counts_from_snapshot }
+            }
+            None => {
+                fragment.gather(&state.parameters, &mut merged);
+                LocalChange::Become(merged)
+            }
+        };
+        Ok(Merged { round: commit.round, state_hash, fragment: commit.fragment, local })
     }
 
-    /// What this site sent and the commit left out is not lost. Gives [`Merged::own_before`].
-    fn settle_own(
-        &mut self,
-        commit: &Commit,
-        fragment: &Fragment,
-        values_before: Option<&Arc<Vec<f32>>>,
-    ) -> Result<Option<Arc<Vec<f32>>>, formats::DecodeError> {
+    /// What this site sent and the commit left out is not lost. Gives what the local parameters are counted from, where that is not the
+    /// global parameters before the merge.
+    fn settle_own(&mut self, commit: &Commit, fragment: &Fragment) -> Result<Option<Vec<f32>>, formats::DecodeError> {
         let own = self.in_flight.remove(&commit.round);
         self.in_flight.retain(|round, _| *round > commit.round);
-        let Some(InFlight { encoded, own_before }) = own else { return Ok(None) };
+        let Some(InFlight { encoded, before }) = own else { return Ok(None) };
         if commit.contributors.iter().any(|contributor| contributor.site == self.site) {
-            return Ok(own_before);
+            return Ok(before);
         }
         if self.keeps_residual() {
-            return Ok(values_before.map(Arc::clone));
+            return Ok(None);
         }
         if self.residual.is_empty() {
             self.residual = vec![0.0; self.schema.elements()];
@@ -229,7 +246,7 @@ impl Merger {
         fragment.gather(&self.residual, &mut kept);
         self.fragments.codec(commit.fragment).accumulate(&encoded, 1.0, &mut kept)?;
         fragment.scatter(&kept, &mut self.residual);
-        Ok(own_before)
+        Ok(before)
     }
 
     /// Forgets own deltas that are on their way: their plans were withdrawn.
@@ -248,6 +265,25 @@ impl Merger {
     pub fn state(&self) -> &SharedState {
         &self.state
     }
+}
+
+/// The fragment's elements of `all`.
+fn gathered(fragment: &Fragment, all: &[f32]) -> Vec<f32> {
+    let mut values = Vec::with_capacity(fragment.elements());
+    fragment.ranges.iter().for_each(|range| values.extend_from_slice(&all[range.clone()]));
+    values
+}
+
+/// The fragment's elements of `all`, less `values`.
+fn difference(fragment: &Fragment, all: &[f32], values: &[f32]) -> Vec<f32> {
+    let mut differences = Vec::with_capacity(values.len());
+    let mut rest = values;
+    for range in &fragment.ranges {
+        let (part, after) = rest.split_at(range.len());
+        differences.extend(all[range.clone()].iter().zip(part).map(|(from, value)| from - value));
+        rest = after;
+    }
+    differences
 }
 
 /// Calls `each` with the elements of `all` that are in `fragment`, and those of `values`, side by side.

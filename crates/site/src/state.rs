@@ -92,15 +92,8 @@ impl GlobalState {
     }
 
     fn for_each_part(&self, mut part: impl FnMut(&[u8])) {
-        // 64 KiB at a time stays in the second-level cache.
-        const PART_ELEMENTS: usize = 16 * 1024;
-        let mut bytes = Vec::with_capacity(PART_ELEMENTS * size_of::<f32>());
         for values in std::iter::once(&self.parameters).chain(self.outer.buffers()) {
-            for values in values.chunks(PART_ELEMENTS) {
-                bytes.clear();
-                bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-                part(&bytes);
-            }
+            little_endian(values, &mut part);
         }
         part(&state_trailer(self.commit.term, self.commit.round, self.commit.cursor));
     }
@@ -121,6 +114,19 @@ impl GlobalState {
         }
         self.commit = commit;
         true
+    }
+}
+
+/// Gives `part` the bytes of `values`, in pieces.
+fn little_endian(values: &[f32], part: &mut impl FnMut(&[u8])) {
+    if cfg!(target_endian = "little") {
+        part(bytemuck::cast_slice(values));
+        return;
+    }
+    // 64 KiB at a time stays in the second-level cache.
+    const PART_ELEMENTS: usize = 16 * 1024;
+    for values in values.chunks(PART_ELEMENTS) {
+        part(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
     }
 }
 

@@ -4,6 +4,7 @@
 //! a round, not who takes part.
 
 use crate::folder::{FolderError, RunFolder};
+use crate::merger::LocalChange;
 use crate::watchdog::{EngineWatch, Watched};
 use base::config::Strategy;
 use base::{Fragment, Hint, ParameterSchema, RunConfig, TokenBatch};
@@ -400,25 +401,27 @@ impl Trainer {
         Ok(values)
     }
 
-    /// Takes over the merged parameters of a fragment. The local ones are counted from `before`:
+    /// Takes over what was merged of a fragment. Where local parameters become global ones, `streaming` mixes the two: with the
+    /// setting `mixing`, alpha,
     /// ```text
-    /// L = (1 - alpha) * L + alpha * (G + kept),    kept = L - before, or 0
+    /// L = (1 - alpha) * L + alpha * G
     /// ```
-    /// With `before` = `None` the local parameters become the global ones.
     ///
     /// # Errors
     /// The engine failed.
-    pub fn take_over(&mut self, fragment: &Fragment, global: &[f32], before: Option<&[f32]>) -> Result<(), TrainError> {
-        let Some(before) = before else { return Ok(self.engine.write_fragment(fragment, global)?) };
-        let (alpha, keep) = (self.config.sync.mixing as f32, self.config.sync.keep_overlapped);
-        let mut local = vec![0.0; fragment.elements()];
-        self.engine.read_fragment(fragment, &mut local)?;
-        for ((local, global), before) in local.iter_mut().zip(global).zip(before) {
-            let kept = if keep { *local - before } else { 0.0 };
-            let target = global + kept;
-            *local = if alpha == 1.0 { target } else { (1.0 - alpha) * *local + alpha * target };
+    pub fn take_over(&mut self, fragment: &Fragment, local: &LocalChange) -> Result<(), TrainError> {
+        let alpha = self.config.sync.mixing as f32;
+        match local {
+            LocalChange::Add { change, .. } => self.engine.add_to_fragment(fragment, change)?,
+            LocalChange::Become(global) if self.config.sync.strategy == Strategy::Streaming && alpha != 1.0 => {
+                let mut local = vec![0.0; fragment.elements()];
+                self.engine.read_fragment(fragment, &mut local)?;
+                local.iter_mut().zip(global).for_each(|(local, global)| *local += alpha * (global - *local));
+                self.engine.write_fragment(fragment, &local)?;
+            }
+            LocalChange::Become(global) => self.engine.write_fragment(fragment, global)?,
         }
-        Ok(self.engine.write_fragment(fragment, &local)?)
+        Ok(())
     }
 
     /// Gives the engine these parameters, flat in canonical order.

@@ -275,6 +275,10 @@ impl Engine for Watched {
         self.watched(Call::WriteFragment, 1, |engine| engine.write_fragment(fragment, values))
     }
 
+    fn add_to_fragment(&mut self, fragment: &Fragment, change: &[f32]) -> Result<(), EngineError> {
+        self.watched(Call::WriteFragment, 1, |engine| engine.add_to_fragment(fragment, change))
+    }
+
     fn save(&mut self) -> Result<EngineState, EngineError> {
         self.watched(Call::Save, 1, |engine| engine.save())
     }

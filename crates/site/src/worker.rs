@@ -10,7 +10,7 @@
 use crate::alone::{evaluated_event, reduction_events, sample_event, save_checkpoint, step_event};
 use crate::folder::RunFolder;
 use crate::host::HostJob;
-use crate::merger::{Fragments, Merged};
+use crate::merger::{Fragments, LocalChange, Merged};
 use crate::state::{GlobalState, Mode, SavedState, SharedState, TrainingState};
 use crate::trainer::{Evaluation, Progress, TrainError, Trainer};
 use base::config::Strategy;
@@ -289,10 +289,12 @@ impl Worker {
             if round <= worker.local.given {
                 return Ok(());
             }
-            // An engine that was given the global parameters meanwhile has learnt since from those.
-            let own_before = merged.own_before.as_ref().filter(|_| worker.local.in_flight.contains(&round));
-            let before = own_before.or(merged.values_before.as_ref()).map(|values| &values[..]);
-            worker.trainer.take_over(&fragment, &merged.values, before)
+            let is_in_flight = worker.local.in_flight.contains(&round);
+            match &merged.local {
+                // The engine was lost since that snapshot, and with it what the change counts from.
+                LocalChange::Add { counts_from_snapshot: true, .. } if !is_in_flight => worker.put_back(),
+                change => worker.trainer.take_over(&fragment, change),
+            }
         })?;
         self.local.in_flight.remove(&round);
         self.local.is_global |= self.config.sync.strategy != Strategy::Streaming;

@@ -300,7 +300,7 @@ impl<'a> World<'a> {
             let Site { trainer, merger, .. } = &mut self.sites[site];
             let merged = merger.merge(&handed, &deltas).unwrap();
             let fragment = trainer.schema().whole();
-            trainer.take_over(&fragment, &merged.values, None).unwrap();
+            trainer.take_over(&fragment, &merged.local).unwrap();
             self.report(site, Report::Applied { round: commit.round, state_hash: merged.state_hash });
         }
         let hash = self.state_hash();

@@ -2,6 +2,7 @@
 
 use super::buffers::recycle;
 use super::elementwise::{self, vectorised};
+use super::parameters::{primitive, take};
 use super::{FlexTensor, values};
 use crate::optimizer::AdamWStep;
 use burn::backend::Flex;
@@ -10,14 +11,6 @@ use rayon::prelude::*;
 
 /// Elements in one piece of work: four arrays of 64 KiB, which stay in the second-level cache.
 const PIECE: usize = 16 * 1024;
-
-/// Takes a tensor's primitive out, to be put back by [`put`].
-fn take(tensor: &mut Tensor<2>) -> FlexTensor {
-    let placeholder = Tensor::empty([1, 1], &tensor.device());
-    std::mem::replace(tensor, placeholder)
-        .try_into_primitive::<Flex>()
-        .unwrap_or_else(|error| unreachable!("fused kernels are chosen for flex only: {error:?}"))
-}
 
 /// One AdamW step, in place.
 pub(crate) fn adamw(
@@ -54,10 +47,7 @@ fn step_piece(step: AdamWStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut 
 }
 
 fn flex(tensor: Tensor<2>) -> FlexTensor {
-    let primitive = tensor
-        .try_into_primitive::<Flex>()
-        .unwrap_or_else(|error| unreachable!("fused kernels are chosen for flex only: {error:?}"));
-    primitive.to_contiguous()
+    primitive(tensor).to_contiguous()
 }
 
 /// Σ x², by pieces whose order does not depend on threads.

@@ -12,6 +12,7 @@ mod buffers;
 mod elementwise;
 mod head;
 mod linear;
+pub(crate) mod parameters;
 
 pub(crate) use adamw::{adamw, sum_of_squares};
 pub(crate) use attention::AttentionSpec;

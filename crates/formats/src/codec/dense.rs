@@ -108,6 +108,21 @@ impl Codec for Bf16Codec {
     }
 }
 
+/// Whether no value is infinite or not a number.
+pub fn all_finite(values: &[f32]) -> bool {
+    all_finite_values(Isa::best(), values)
+}
+
+vectorised! {
+    fn all_finite_values(values: &[f32]) -> bool {
+        let mut found = false;
+        for value in values {
+            found |= value.to_bits() & F32_EXPONENT == F32_EXPONENT;
+        }
+        !found
+    }
+}
+
 vectorised! {
     fn all_finite_f32(encoded: &[u8]) -> bool {
         let mut found = false;

@@ -26,6 +26,7 @@ mod sparse;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use dense::all_finite;
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
