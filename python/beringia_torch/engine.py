@@ -73,17 +73,20 @@ class Engine:
         """Number of tokens the model knows."""
         return self._model.vocabulary
 
-    def inner_step(self, tokens: torch.Tensor, learning_rate: float) -> StepReport:
-        """One optimiser step on the mean loss of `tokens` `[samples, sequence_length + 1]`."""
+    def inner_step(self, tokens: torch.Tensor, learning_rate: float, batch_share: float = 1.0) -> StepReport:
+        """One optimiser step on the mean loss of `tokens` `[samples, sequence_length + 1]`.
+
+        `batch_share` is the part of the batch of all sites that `tokens` is: see `Optimizer.step`.
+        """
         start = time.perf_counter()
         self._check_batch(tokens)
-        self.optimizer.reserve()
+        self.optimizer.reserve(batch_share)
         loss, norm = self._or_eager(lambda: self._backpropagate(tokens))
         gradients = self._gradients()
         scale = clip_scale(self._settings.gradient_clip_norm, norm)
         if scale < 1.0:
             torch._foreach_mul_(gradients, scale)
-        self.optimizer.step(gradients, learning_rate)
+        self.optimizer.step(gradients, learning_rate, batch_share)
         self._clear_gradients()
         self._device.synchronize()
         return StepReport(loss, _predicted(tokens), norm, time.perf_counter() - start)

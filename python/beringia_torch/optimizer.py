@@ -9,6 +9,10 @@ algorithm 2):
     v ← v·β2 + g²·(1 − β2)
     p ← p − η/(1 − β1^t) · m / (√v / √(1 − β2^t) + ε)
 
+and, where the steps see a share s of the batch of all sites, with m̂ = m / (1 − β1^t) and v̂ = v / (1 − β2^t),
+
+    p ← p − η · m̂ / (√(m̂² + s · max(v̂ − m̂², 0)) + ε)
+
 The fused kernel is called by itself: `torch.optim` imports the compiler first, which takes seconds at every start.
 """
 
@@ -26,6 +30,9 @@ from .protocol import Request
 
 #: Keeps the quotient of `clip_grad_norm_` finite.
 CLIP_NORM_OFFSET = 1e-6
+
+#: Numbers that a step with a `batch_share` works on at once: three scratch tensors of 64 MiB.
+PART_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -75,15 +82,22 @@ class Optimizer:
         #: Steps taken, where the fused kernel reads it; None without that kernel.
         self._fused_step_count: torch.Tensor | None = None
         self._scratch: torch.Tensor | None = None
+        #: Three rows, for steps with a `batch_share` below 1.
+        self._part_scratch: torch.Tensor | None = None
         self.first_moments: list[torch.Tensor] = []
         self.second_moments: list[torch.Tensor] = []
         #: Whether the moments say anything yet: zeros of a run that has not begun are not saved.
         self.has_moments = False
         self.steps = 0
 
-    def reserve(self) -> None:
-        """Allocates what steps need, before anything changes."""
-        if self._settings.optimizer != "adamw" or self.first_moments:
+    def reserve(self, batch_share: float = 1.0) -> None:
+        """Allocates what a step needs, before anything changes."""
+        if self._settings.optimizer != "adamw":
+            return
+        if batch_share < 1.0 and self._part_scratch is None:
+            elements = min(max(parameter.numel() for parameter in self._parameters), PART_ELEMENTS)
+            self._part_scratch = torch.empty((3, elements), device=self._parameters[0].device)
+        if self.first_moments:
             return
         first = [torch.zeros_like(parameter) for parameter in self._parameters]
         second = [torch.zeros_like(parameter) for parameter in self._parameters]
@@ -95,11 +109,17 @@ class Optimizer:
         self.first_moments, self.second_moments = first, second
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor], learning_rate: float) -> None:
-        """One step on gradients that are already clipped."""
+    def step(self, gradients: Sequence[torch.Tensor], learning_rate: float, batch_share: float = 1.0) -> None:
+        """One step on gradients that are already clipped.
+
+        With a `batch_share` s below 1, AdamW divides by the root of what the second moment of the joint batch's
+        gradient would be, m̂² + s max(v̂ - m̂², 0): noise goes with 1 / samples.
+        """
         if self._settings.optimizer == "sgd":
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.add_(gradient, alpha=-learning_rate)
+        elif batch_share < 1.0:
+            self._part_step(gradients, learning_rate, batch_share)
         elif self._fused_step_count is not None:
             self._fused_step(gradients, learning_rate)
         else:
@@ -126,6 +146,28 @@ class Optimizer:
             if chosen:
                 weight_decay = settings.weight_decay if decayed else 0.0
                 fused_adamw(chosen, self._fused_step_count, settings, learning_rate, weight_decay)
+
+    def _part_step(self, gradients: Sequence[torch.Tensor], learning_rate: float, batch_share: float) -> None:
+        settings, step = self._settings, self.steps + 1
+        assert self._part_scratch is not None
+        first_scale, second_scale = (1 / (1 - beta**step) for beta in (settings.beta1, settings.beta2))
+        flat_gradients = [gradient.reshape(-1) for gradient in gradients]
+        moments = zip(self.first_moments, self.second_moments)
+        rows = zip(self._parameters, flat_gradients, self._decayed, moments, strict=True)
+        for whole, whole_gradient, decayed, wholes in rows:
+            tensors = [tensor.view(-1).split(PART_ELEMENTS) for tensor in (whole, whole_gradient, *wholes)]
+            for parameter, gradient, first, second in zip(*tensors, strict=True):
+                if decayed:
+                    parameter.mul_(1 - learning_rate * settings.weight_decay)
+                first.lerp_(gradient, 1 - settings.beta1)
+                second.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
+                mean, signal, noise = (row[: parameter.numel()] for row in self._part_scratch)
+                torch.mul(first, first_scale, out=mean)
+                torch.mul(mean, mean, out=signal)
+                torch.mul(second, second_scale, out=noise)
+                noise.sub_(signal).clamp_min_(0.0)
+                denominator = signal.add_(noise, alpha=batch_share).sqrt_().add_(settings.epsilon)
+                parameter.addcdiv_(mean, denominator, value=-learning_rate)
 
     def _plain_step(self, gradients: Sequence[torch.Tensor], learning_rate: float) -> None:
         assert self._scratch is not None

@@ -145,7 +145,8 @@ class Handler:
 
     def _inner_step(self, request: Request) -> Answer:
         learning_rate = request.number("learning_rate")
-        return self._step_answer(self._ready.inner_step(self._batch(request), learning_rate))
+        batch_share = request.number("batch_share", minimum=sys.float_info.min, maximum=1.0)
+        return self._step_answer(self._ready.inner_step(self._batch(request), learning_rate, batch_share))
 
     def _gradient(self, request: Request) -> Answer:
         engine, tokens = self._ready, self._batch(request)

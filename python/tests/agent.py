@@ -200,7 +200,7 @@ class Agent:
 
     def step(self, tokens: torch.Tensor, learning_rate: float) -> dict[str, Any]:
         """One inner step."""
-        return self.call("inner_step", learning_rate=learning_rate, **self.put_tokens(tokens))
+        return self.call("inner_step", learning_rate=learning_rate, batch_share=1.0, **self.put_tokens(tokens))
 
     def gradient(self, tokens: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
         """Answer and flat gradient."""

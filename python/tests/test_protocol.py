@@ -66,7 +66,9 @@ class Abuse(unittest.TestCase):
             self.refused("internal", "evaluate", **{**BATCH, "samples": samples})
         self.refused("internal", "evaluate", samples=2, tokens=0)
         for learning_rate in (None, "1", True, math.nan, math.inf, 10**400, [1]):
-            self.refused("internal", "inner_step", learning_rate=learning_rate, **BATCH)
+            self.refused("internal", "inner_step", learning_rate=learning_rate, batch_share=1.0, **BATCH)
+        for batch_share in (None, "1", True, math.nan, math.inf, 0.0, -0.5, 1.5):
+            self.refused("internal", "inner_step", learning_rate=1e-3, batch_share=batch_share, **BATCH)
         for ranges in (None, 3, [3], [[1]], [[1, 2, 3]], [[2, 1]], [[-1, 1]], [[0, 1.0]], [[0, True]], [{"0": 1}]):
             self.refused("internal", "read", ranges=ranges, values=0)
             self.refused("internal", "write", ranges=ranges, values=0)
@@ -94,12 +96,12 @@ class Abuse(unittest.TestCase):
             changed[1, 3] = wrong
             fields = self.agent.put_tokens(changed)
             for op in ("inner_step", "gradient", "evaluate"):
-                error = self.refused("shape", op, learning_rate=1e-3, gradient=0, **fields)
+                error = self.refused("shape", op, learning_rate=1e-3, batch_share=1.0, gradient=0, **fields)
                 self.assertEqual(error.reason, f"token {wrong} at 12, the vocabulary has 61")
             self.refused("shape", "logits", length=18, tokens=fields["tokens"], logits=0)
         for samples, positions in ((2, 17), (0, 8), (2, 0), (0, 0)):
             fields = self.agent.put_tokens(random_tokens(samples, positions, 61, 1))
-            self.refused("shape", "inner_step", learning_rate=1e-3, **fields)
+            self.refused("shape", "inner_step", learning_rate=1e-3, batch_share=1.0, **fields)
             self.refused("shape", "evaluate", **fields)
         for length in (0, 17):
             self.agent.put_tokens(random_tokens(1, 17, 61, 1))
@@ -154,7 +156,7 @@ class Endings(unittest.TestCase):
             steps = ("inner_step", "gradient", "evaluate", "logits", "micro_batch")
             for op in (*steps, "read", "write", "save", "restore"):
                 with self.subTest(op), self.assertRaises(Refused) as caught:
-                    agent.call(op, learning_rate=0.1, length=1, ranges=[], optimizer_steps=0, **BATCH)
+                    agent.call(op, learning_rate=0.1, batch_share=1.0, length=1, ranges=[], optimizer_steps=0, **BATCH)
                 self.assertEqual(caught.exception.kind, "internal")
             hello = agent.hello
             self.assertEqual((hello["protocol"], hello["rank_count"]), (1, 1))

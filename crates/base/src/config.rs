@@ -222,6 +222,9 @@ pub struct SyncSection {
     /// Decay of the outer Nesterov momentum. Published for long runs: 0.9. Below some hundred rounds it costs more than it
     /// gives (docs/benchmarks.md), so the default is plain averaging: step size 1, decay 0.
     pub outer_momentum: f64,
+    /// Whether AdamW's steps at a site are as long as those of the batch of all sites: its second moment is taken less the noise that
+    /// the site's share of the batch has more. Not for `synchronous`, which steps on the joint gradient.
+    pub joint_second_moment: bool,
     /// Sites to wait for before the first round.
     pub sites: u32,
     /// Fixed shares of the batch by site id, for repeatable runs; empty means by measured speed.
@@ -249,6 +252,7 @@ impl Default for SyncSection {
             error_feedback: 1.0,
             outer_learning_rate: 1.0,
             outer_momentum: 0.0,
+            joint_second_moment: true,
             sites: 1,
             shares: Vec::new(),
             quorum: 1.0,

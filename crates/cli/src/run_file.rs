@@ -70,6 +70,7 @@ const SECTIONS: [Section; 7] = [
             ("error_feedback", "else: part of it that is added to the next delta"),
             ("outer_learning_rate", "step size of the outer Nesterov momentum"),
             ("outer_momentum", "its decay"),
+            ("joint_second_moment", "AdamW steps as long as those of the batch of all sites"),
             ("sites", "sites to wait for before the first round"),
             ("shares", "fixed shares of the batch by site, e.g. [1.0, 2.0]; [] by measured speed"),
             ("quorum", "part of the sites that is enough to close a round; 1 waits for all"),

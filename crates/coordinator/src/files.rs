@@ -1,6 +1,7 @@
 //! The files of a run that sites fetch from the coordinator: data, tokenizer, initial checkpoint.
 //!
-//! Hashed once at start and served as they are; nothing else of the machine can be asked for.
+//! Hashed once at start and served as they are, or packed where that saves a thin link much; nothing else of the machine can be asked
+//! for.
 
 use base::config::{ConfigError, RUN_TOML_BYTES_MAX};
 use base::layout::{CHECKPOINTS_FOLDER, DATA_FOLDER, INITIAL_CHECKPOINT, RUN_FILE};
@@ -12,7 +13,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
-use wire::message::RunFile;
+use wire::message::{PackedFile, RunFile};
+use wire::packed::PACKED_FILE_BYTES_MAX;
 use wire::{Blob, BlobKey, BlobSource};
 
 /// Longest `state.json` of the initial checkpoint: it holds a dozen numbers.
@@ -87,6 +89,8 @@ pub struct RunFiles {
     /// Number of parameters.
     pub parameters: u64,
     root: PathBuf,
+    /// Packed forms, by the names that they are asked for by.
+    packed: BTreeMap<String, Blob>,
 }
 
 impl RunFiles {
@@ -115,8 +119,23 @@ impl RunFiles {
         }
         let initial_hash = read_state_hash(&root.join(&initial).join("state.json"))?;
         let parameters = config.schema().elements() as u64;
-        Ok(Self { config, config_text, files, initial_hash, parameters, root: root.to_owned() })
+        let packed = pack_tokens(root, &mut files)?;
+        Ok(Self { config, config_text, files, initial_hash, parameters, root: root.to_owned(), packed })
     }
+}
+
+/// Packs the data's files, of which a site uses every byte. Weights are noise to a packer, and sites make the initial ones themselves.
+fn pack_tokens(root: &Path, files: &mut [RunFile]) -> Result<BTreeMap<String, Blob>, FilesError> {
+    let mut packed = BTreeMap::new();
+    let of_data = |file: &&mut RunFile| file.name.starts_with(DATA_FOLDER) && file.bytes <= PACKED_FILE_BYTES_MAX;
+    for file in files.iter_mut().filter(of_data) {
+        let path = root.join(&file.name);
+        let bytes = std::fs::read(&path).map_err(|source| FilesError::Read { path: path.clone(), source })?;
+        let Some(content) = wire::packed::pack(&bytes) else { continue };
+        file.packed = Some(PackedFile { bytes: content.len() as u64, hash: ContentHash::of(&content) });
+        packed.insert(file.packed_name(), Blob::memory(content));
+    }
+    Ok(packed)
 }
 
 fn read_bounded(path: &Path, bytes_max: u64) -> Result<String, FilesError> {
@@ -138,7 +157,7 @@ fn hashed(root: &Path, name: &str) -> Result<RunFile, FilesError> {
         let bytes = file.metadata()?.len();
         let mut hasher = ContentHash::hasher();
         hasher.update_reader(file)?;
-        Ok(RunFile { name: name.to_owned(), bytes, hash: ContentHash::finish(&hasher) })
+        Ok(RunFile { name: name.to_owned(), bytes, hash: ContentHash::finish(&hasher), packed: None })
     };
     hash().map_err(|source| FilesError::Read { path: path.clone(), source })
 }
@@ -161,14 +180,15 @@ fn read_state_hash(path: &Path) -> Result<ContentHash, FilesError> {
 /// Serves the files to machines that were admitted.
 pub(crate) struct Served {
     root: PathBuf,
-    names: BTreeMap<String, u64>,
+    names: BTreeSet<String>,
+    packed: BTreeMap<String, Blob>,
     admitted: Arc<RwLock<BTreeSet<ContentHash>>>,
 }
 
 impl Served {
     pub(crate) fn new(files: &RunFiles, admitted: Arc<RwLock<BTreeSet<ContentHash>>>) -> Self {
-        let names = files.files.iter().map(|file| (file.name.clone(), file.bytes)).collect();
-        Self { root: files.root.clone(), names, admitted }
+        let names = files.files.iter().map(|file| file.name.clone()).collect();
+        Self { root: files.root.clone(), names, packed: files.packed.clone(), admitted }
     }
 }
 
@@ -176,8 +196,11 @@ impl BlobSource for Served {
     fn open(&self, peer: ContentHash, key: &BlobKey) -> Option<Blob> {
         let admitted = self.admitted.read().is_ok_and(|admitted| admitted.contains(&peer));
         let BlobKey::File { name } = key else { return None };
-        if !admitted || !self.names.contains_key(name) {
+        if !admitted {
             return None;
+        }
+        if !self.names.contains(name) {
+            return self.packed.get(name).cloned();
         }
         Blob::file(&self.root.join(name)).ok()
     }

@@ -345,8 +345,9 @@ impl Engine for BurnEngine {
             return Err(EngineError::Shape { what: "optimiser state".to_owned(), reason });
         }
         self.parameters = parameters;
-        let kernels = self.optimizer.kernels;
-        self.optimizer = Optimizer { kernels, first_moments, second_moments, steps: state.optimizer_steps };
+        let Optimizer { kernels, batch_share, .. } = self.optimizer;
+        self.optimizer =
+            Optimizer { kernels, first_moments, second_moments, steps: state.optimizer_steps, batch_share };
         self.torn = None;
         Ok(())
     }
@@ -357,6 +358,10 @@ impl Engine for BurnEngine {
 
     fn set_micro_batch_samples(&mut self, samples: usize) {
         self.train.micro_batch_samples = samples.max(1);
+    }
+
+    fn set_batch_share(&mut self, share: f64) {
+        self.optimizer.batch_share = engine::batch_share(share);
     }
 
     fn operation(&mut self, operation: &Operation) -> Result<Vec<f32>, EngineError> {

@@ -7,6 +7,11 @@
 //! v ← v·β2 + g²·(1 − β2)
 //! p ← p − η/(1 − β1^t) · m / (√v / √(1 − β2^t) + ε)
 //! ```
+//! Where the steps see a share s of the batch of all sites ([`engine::Engine::set_batch_share`]), the last line is
+//! ```text
+//! m̂ = m / (1 − β1^t)
+//! p ← p − η · m̂ / (√(m̂² + s · max(v / (1 − β2^t) − m̂², 0)) + ε)
+//! ```
 //! Clipping multiplies every gradient by min(1, c / (‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_`.
 
 use crate::kernels;
@@ -30,6 +35,8 @@ pub(crate) struct Optimizer {
     pub(crate) second_moments: Vec<Tensor<2>>,
     /// Steps taken.
     pub(crate) steps: u64,
+    /// Part of the batch of all sites that steps see.
+    pub(crate) batch_share: f64,
 }
 
 /// Numbers of one AdamW step, folded in f64 as PyTorch does before it touches a tensor.
@@ -43,11 +50,31 @@ pub(crate) struct AdamWStep {
     pub(crate) step_size: f32,
     pub(crate) second_correction: f32,
     pub(crate) epsilon: f32,
+    /// Where steps see a part of the batch only.
+    pub(crate) part: Option<BatchPart>,
+}
+
+/// Numbers of the second moment that a joint batch would have.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BatchPart {
+    pub(crate) share: f32,
+    /// 1 / (1 − β1^t)
+    pub(crate) first_scale: f32,
+    /// 1 / (1 − β2^t)
+    pub(crate) second_scale: f32,
+    /// η
+    pub(crate) learning_rate: f32,
 }
 
 impl AdamWStep {
-    fn new(train: &TrainSection, learning_rate: f64, gradient_scale: f64, step: u64) -> Self {
+    fn new(train: &TrainSection, learning_rate: f64, gradient_scale: f64, step: u64, batch_share: f64) -> Self {
         let power = |beta: f64| beta.powf(step as f64);
+        let part = BatchPart {
+            share: batch_share as f32,
+            first_scale: (1.0 / (1.0 - power(train.beta1))) as f32,
+            second_scale: (1.0 / (1.0 - power(train.beta2))) as f32,
+            learning_rate: learning_rate as f32,
+        };
         Self {
             gradient_scale: gradient_scale as f32,
             decay: (1.0 - learning_rate * train.weight_decay) as f32,
@@ -57,6 +84,7 @@ impl AdamWStep {
             step_size: (learning_rate / (1.0 - power(train.beta1))) as f32,
             second_correction: (1.0 - power(train.beta2)).sqrt() as f32,
             epsilon: train.epsilon as f32,
+            part: (batch_share < 1.0).then_some(part),
         }
     }
 }
@@ -69,7 +97,7 @@ pub(crate) fn clip_scale(clip_norm: f64, gradient_norm: f64) -> f64 {
 impl Optimizer {
     /// Before the first step.
     pub(crate) fn new(kernels: BlockKernels) -> Self {
-        Self { kernels, first_moments: Vec::new(), second_moments: Vec::new(), steps: 0 }
+        Self { kernels, first_moments: Vec::new(), second_moments: Vec::new(), steps: 0, batch_share: 1.0 }
     }
 
     /// Global norm of the gradients, in one transfer from the device.
@@ -119,7 +147,7 @@ impl Optimizer {
                 }
             }
             InnerOptimizer::AdamW => {
-                let step = AdamWStep::new(train, learning_rate, gradient_scale, self.steps);
+                let step = AdamWStep::new(train, learning_rate, gradient_scale, self.steps, self.batch_share);
                 self.adamw(step, parameters, gradients, decayed);
             }
         }
@@ -150,8 +178,17 @@ fn composed_adamw(
     let gradient = gradient.mul_scalar(step.gradient_scale);
     replace(first, |m| m.clone() + (gradient.clone() - m).mul_scalar(step.beta1_rest));
     replace(second, |v| v.mul_scalar(step.beta2) + gradient.square().mul_scalar(step.beta2_rest));
-    let denominator = second.clone().sqrt().div_scalar(step.second_correction).add_scalar(step.epsilon);
-    replace(parameter, |p| p.mul_scalar(step.decay) - (first.clone() / denominator).mul_scalar(step.step_size));
+    let (numerator, denominator, size) = match step.part {
+        None => (first.clone(), second.clone().sqrt().div_scalar(step.second_correction), step.step_size),
+        Some(part) => {
+            let mean = first.clone().mul_scalar(part.first_scale);
+            let signal = mean.clone().square();
+            let noise = (second.clone().mul_scalar(part.second_scale) - signal.clone()).clamp_min(0.0);
+            (mean, (signal + noise.mul_scalar(part.share)).sqrt(), part.learning_rate)
+        }
+    };
+    let quotient = numerator / denominator.add_scalar(step.epsilon);
+    replace(parameter, |p| p.mul_scalar(step.decay) - quotient.mul_scalar(size));
 }
 
 /// Replaces a tensor by a function of itself, giving the function the only reference to it.

@@ -32,6 +32,7 @@ pub struct TorchEngine {
     is_compiled: bool,
     /// What Python accumulates by; behind `train` until the next call.
     micro_batch_samples_there: usize,
+    batch_share: f64,
     snapshot: Snapshot,
     returned: Option<Sender<TorchProcess>>,
 }
@@ -105,6 +106,7 @@ impl TorchEngine {
             device,
             is_compiled,
             micro_batch_samples_there: train.micro_batch_samples,
+            batch_share: 1.0,
             snapshot,
             returned,
         };
@@ -259,8 +261,9 @@ impl Engine for TorchEngine {
         let mut layout = Layout::default();
         let tokens = layout.place(batch.tokens.len());
         self.on_arena(&layout, |arena| arena.write(tokens, &batch.tokens))?;
-        let (samples, sequence_length) = (batch.samples, batch.sequence_length);
-        let step = self.process()?.ask(&Request::InnerStep { samples, sequence_length, learning_rate, tokens })?;
+        let (samples, sequence_length, batch_share) = (batch.samples, batch.sequence_length, self.batch_share);
+        let request = Request::InnerStep { samples, sequence_length, learning_rate, batch_share, tokens };
+        let step = self.process()?.ask(&request)?;
         self.check_step(&step, batch)
     }
 
@@ -349,6 +352,10 @@ impl Engine for TorchEngine {
 
     fn set_micro_batch_samples(&mut self, samples: usize) {
         self.train.micro_batch_samples = samples.max(1);
+    }
+
+    fn set_batch_share(&mut self, share: f64) {
+        self.batch_share = engine::batch_share(share);
     }
 
     fn operation(&mut self, operation: &Operation) -> Result<Vec<f32>, EngineError> {

@@ -27,7 +27,7 @@ const ELEMENTS_MAX: usize = 1 << 40;
 pub(crate) enum Request<'a> {
     Arena { path: &'a str, bytes: u64 },
     Init { model: &'a Value, train: Train, seed: Option<u64> },
-    InnerStep { samples: usize, sequence_length: usize, learning_rate: f64, tokens: u64 },
+    InnerStep { samples: usize, sequence_length: usize, learning_rate: f64, batch_share: f64, tokens: u64 },
     Gradient { samples: usize, sequence_length: usize, tokens: u64, gradient: u64 },
     Evaluate { samples: usize, sequence_length: usize, tokens: u64 },
     Logits { length: usize, tokens: u64, logits: u64 },
@@ -233,9 +233,11 @@ mod tests {
     #[test]
     fn requests_are_written_as_the_protocol_says() {
         let written = |request: &Request<'_>| serde_json::to_value(request).unwrap();
-        let step = Request::InnerStep { samples: 2, sequence_length: 8, learning_rate: 0.5, tokens: 64 };
-        let expected =
-            json!({ "op": "inner_step", "samples": 2, "sequence_length": 8, "learning_rate": 0.5, "tokens": 64 });
+        let step =
+            Request::InnerStep { samples: 2, sequence_length: 8, learning_rate: 0.5, batch_share: 0.25, tokens: 64 };
+        let expected = json!({
+            "op": "inner_step", "samples": 2, "sequence_length": 8, "learning_rate": 0.5, "batch_share": 0.25, "tokens": 64
+        });
         assert_eq!(written(&step), expected);
         assert_eq!(written(&Request::Close {}), json!({ "op": "close" }));
         let read = Request::Read { ranges: &[[0, 3], [5, 6]], values: 0 };

@@ -202,6 +202,18 @@ pub trait Engine: Send {
     /// Changes [`Engine::micro_batch_samples`]: a site does so where memory is short. At least 1.
     fn set_micro_batch_samples(&mut self, samples: usize);
 
+    /// Part of the batch of all sites that the next steps see; 1 at first, and what is no part counts as 1.
+    ///
+    /// The gradient of a part is noisier than that of the whole, so that AdamW's second moment is larger and its steps are shorter than
+    /// those of data parallelism, and averaging parameters does not mend that. With a share s below 1 a step therefore divides by
+    /// the root of
+    /// ```text
+    /// v' = m̂^2 + s * max(v̂ - m̂^2, 0)      rather than v̂
+    /// ```
+    /// where m̂ and v̂ are the corrected moments: m̂^2 stands for the signal, the rest of v̂ for noise, whose variance goes with
+    /// 1 / samples. The moments themselves stay AdamW's.
+    fn set_batch_share(&mut self, share: f64);
+
     /// One of [`numerics::operations`], in f32 on this engine's device.
     ///
     /// # Errors
@@ -223,6 +235,11 @@ pub trait Engine: Send {
     fn interrupter(&self) -> Option<Interrupter> {
         None
     }
+}
+
+/// What [`Engine::set_batch_share`] makes of a number.
+pub fn batch_share(share: f64) -> f64 {
+    if share > 0.0 && share < 1.0 { share } else { 1.0 }
 }
 
 /// [`Engine::add_to_fragment`] for every engine: reads, adds, writes.

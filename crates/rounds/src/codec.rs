@@ -2,7 +2,7 @@
 
 use crate::plan::FragmentPlan;
 use base::config::Codec;
-use base::{Fragment, ParameterSchema};
+use base::{Fragment, ParameterSchema, ParameterSpec};
 use formats::lowrank::{Basis, LowRank, MatrixShape};
 use formats::{CodecKind, DecodeError};
 
@@ -87,13 +87,79 @@ impl FragmentCodec {
     }
 }
 
-/// Shapes of the fragment's parameters, in its order: matrices by their first dimension, all else as one row.
+/// Matrices that multiply the same input, as the Llama family names them: what they learn from it lies in the same directions, so that
+/// one right factor serves them all.
+const SAME_INPUT: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
+
+/// Shapes of the fragment's parameters, in its order: matrices by their first dimension, all else as one row. Neighbours that multiply the
+/// same input are one matrix, its rows one after another.
 fn shapes(schema: &ParameterSchema, fragment: &Fragment) -> Vec<MatrixShape> {
-    let is_in =
-        |parameter: &&base::ParameterSpec| fragment.ranges.iter().any(|range| range.contains(&parameter.range.start));
-    let shape = |parameter: &base::ParameterSpec| match parameter.shape[..] {
+    let mut shapes: Vec<MatrixShape> = Vec::new();
+    let mut last: Option<&ParameterSpec> = None;
+    for range in &fragment.ranges {
+        let is_in = |parameter: &&ParameterSpec| range.contains(&parameter.range.start);
+        for parameter in schema.parameters().iter().filter(is_in) {
+            let shape = shape(parameter);
+            match (last, shapes.last_mut()) {
+                (Some(before), Some(stack)) if share_input(before, parameter) && stack.columns == shape.columns => {
+                    stack.rows += shape.rows;
+                }
+                _ => shapes.push(shape),
+            }
+            last = Some(parameter);
+        }
+    }
+    shapes
+}
+
+fn shape(parameter: &ParameterSpec) -> MatrixShape {
+    match parameter.shape[..] {
         [rows, ref rest @ ..] if !rest.is_empty() => MatrixShape { rows, columns: rest.iter().product() },
         _ => MatrixShape { rows: 1, columns: parameter.range.len() },
-    };
-    schema.parameters().iter().filter(is_in).map(shape).collect()
+    }
+}
+
+/// Whether both are weights of one layer that multiply its same input, the second right after the first.
+fn share_input(first: &ParameterSpec, second: &ParameterSpec) -> bool {
+    // model.layers.3.self_attn.q_proj.weight: the module it is in, and its own name.
+    let places = [first, second].map(|parameter| parameter.name.strip_suffix(".weight")?.rsplit_once('.'));
+    let [Some((layer, name)), Some((other_layer, other_name))] = places else { return false };
+    first.range.end == second.range.start
+        && layer == other_layer
+        && SAME_INPUT.iter().any(|names| names.contains(&name) && names.contains(&other_name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows_and_columns(tensors: &[(&str, &[usize])]) -> Vec<(usize, usize)> {
+        let named = tensors.iter().map(|(name, shape)| ((*name).to_owned(), shape.to_vec()));
+        let schema = ParameterSchema::new(named);
+        shapes(&schema, &schema.whole()).into_iter().map(|shape| (shape.rows, shape.columns)).collect()
+    }
+
+    #[test]
+    fn what_multiplies_the_same_input_is_one_matrix() {
+        let found = rows_and_columns(&[
+            ("model.layers.0.self_attn.q_proj.weight", &[8, 4]),
+            ("model.layers.0.self_attn.k_proj.weight", &[2, 4]),
+            ("model.layers.0.self_attn.v_proj.weight", &[2, 4]),
+            ("model.layers.0.self_attn.o_proj.weight", &[4, 4]),
+            ("model.layers.0.mlp.gate_proj.weight", &[6, 4]),
+            ("model.layers.0.mlp.up_proj.weight", &[6, 4]),
+            ("model.layers.0.mlp.down_proj.weight", &[4, 6]),
+            ("model.layers.0.input_layernorm.weight", &[4]),
+            ("transformer.h.0.attn.c_attn.weight", &[4, 2, 3]),
+        ]);
+        assert_eq!(found, [(12, 4), (4, 4), (12, 4), (4, 6), (1, 4), (4, 6)]);
+    }
+
+    #[test]
+    fn another_layer_or_width_is_another_matrix() {
+        let apart: [(&str, &[usize]); 2] = [("a.q_proj.weight", &[8, 4]), ("b.k_proj.weight", &[8, 4])];
+        assert_eq!(rows_and_columns(&apart), [(8, 4), (8, 4)]);
+        let wider: [(&str, &[usize]); 2] = [("a.q_proj.weight", &[8, 4]), ("a.k_proj.weight", &[4, 8])];
+        assert_eq!(rows_and_columns(&wider), [(8, 4), (4, 8)]);
+    }
 }

@@ -79,6 +79,14 @@ pub enum JoinError {
         /// Why.
         source: FetchError,
     },
+    /// A file came packed, and cannot be unpacked here.
+    #[error("{name}, unpacking: {source}")]
+    Unpack {
+        /// The file.
+        name: String,
+        /// Damage, or what the system said.
+        source: io::Error,
+    },
     /// The folder cannot be written.
     #[error("{path}: {source}", path = path.display())]
     Write {
@@ -94,7 +102,9 @@ impl Hint for JoinError {
         Some(match self {
             Self::Connect(error) => return error.hint(),
             Self::Refused { hint, .. } => hint.clone(),
-            Self::Conversation { .. } => "see that `beringia serve` still runs there, then join again".to_owned(),
+            Self::Conversation { .. } | Self::Unpack { .. } => {
+                "see that `beringia serve` still runs there, then join again".to_owned()
+            }
             Self::OtherModel { folder, .. } => {
                 format!("use another folder: `beringia join INVITE --folder {}-2`", folder.display())
             }
@@ -224,16 +234,41 @@ async fn fetch_file(
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(|source| JoinError::Write { path: parent.to_owned(), source })?;
     }
+    let plain = (file.name.clone(), file.bytes, file.hash);
+    let (name, bytes, hash) = file.packed.map_or(plain, |packed| (file.packed_name(), packed.bytes, packed.hash));
+    let place = folder.root().join(&name);
     let request = BlobRequest {
-        key: BlobKey::File { name: file.name.clone() },
-        bytes: file.bytes,
+        key: BlobKey::File { name },
+        bytes,
         bytes_max: RUN_FILE_BYTES_MAX,
-        hash: file.hash,
+        hash,
         holders: vec![coordinator.clone()],
         streams: FILE_STREAMS,
     };
-    let fetched = client.fetch_to_file(&request, &path).await;
-    fetched.map_err(|source| JoinError::Fetch { name: file.name.clone(), source })
+    let fetched = client.fetch_to_file(&request, &place).await;
+    fetched.map_err(|source| JoinError::Fetch { name: file.name.clone(), source })?;
+    if file.packed.is_none() {
+        return Ok(());
+    }
+    let file = file.clone();
+    let unpacked = tokio::task::spawn_blocking(move || unpack(&place, &path, &file)).await;
+    unpacked.unwrap_or_else(|stopped| Err(JoinError::Write { path: folder.root().to_owned(), source: stopped.into() }))
+}
+
+/// Puts the file in place whose packed form is at `packed`, and removes that.
+fn unpack(packed: &Path, path: &Path, file: &RunFile) -> Result<(), JoinError> {
+    let failed = |source| JoinError::Write { path: path.to_owned(), source };
+    let partial = packed.with_extension("partial");
+    let write = || -> io::Result<()> {
+        let mut unpacked = io::BufWriter::new(std::fs::File::create(&partial)?);
+        wire::packed::unpack(std::fs::File::open(packed)?, &mut unpacked, file.bytes)?;
+        unpacked.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+    };
+    write().map_err(|source| JoinError::Unpack { name: file.name.clone(), source })?;
+    // Says so where it is another file.
+    is_here(&partial, file)?;
+    std::fs::rename(&partial, path).map_err(failed)?;
+    std::fs::remove_file(packed).map_err(failed)
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<(), JoinError> {

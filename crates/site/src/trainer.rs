@@ -364,6 +364,7 @@ impl Trainer {
         abandon: &AtomicBool,
         on_step: &mut dyn FnMut(&StepDone),
     ) -> Result<bool, TrainError> {
+        self.engine.set_batch_share(if self.config.sync.joint_second_moment { assignment.share } else { 1.0 });
         let before: u64 = (0..steps.start).map(|index| assignment.step_samples(index)).sum();
         let positions = assignment.lease.iter().flat_map(|SampleRange { start, end }| *start..*end);
         let mut positions = positions.skip(before as usize);

@@ -295,6 +295,10 @@ impl Engine for Watched {
         self.engine.set_micro_batch_samples(samples);
     }
 
+    fn set_batch_share(&mut self, share: f64) {
+        self.engine.set_batch_share(share);
+    }
+
     fn operation(&mut self, operation: &Operation) -> Result<Vec<f32>, EngineError> {
         self.watched(Call::Operation, 1, |engine| engine.operation(operation))
     }

@@ -17,6 +17,7 @@ pub mod limits;
 pub mod link;
 pub mod listener;
 pub mod message;
+pub mod packed;
 pub mod preamble;
 pub mod probe;
 pub mod proxy;

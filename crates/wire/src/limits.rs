@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 /// Version of the protocol this crate speaks. Both ends must speak the same one.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// Body of one control frame. The largest message is a `run.toml` (256 KiB) with a few hundred hashes; 4 times that.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;

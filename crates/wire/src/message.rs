@@ -2,7 +2,7 @@
 //! and texts are checked by `is_acceptable` right after decoding.
 
 use crate::invite::Secret;
-use crate::limits::{ADDRESS_BYTES_MAX, BLOB_NAME_BYTES_MAX, RUN_NAME_BYTES_MAX};
+use crate::limits::{ADDRESS_BYTES_MAX, RUN_NAME_BYTES_MAX};
 use base::config::RUN_TOML_BYTES_MAX;
 use base::{ContentHash, Round, SiteId};
 use rounds::{Directive, Report};
@@ -60,6 +60,24 @@ pub struct RunFile {
     pub bytes: u64,
     /// Its hash.
     pub hash: ContentHash,
+    /// Its packed form, where there is one: see [`crate::packed`].
+    pub packed: Option<PackedFile>,
+}
+
+/// The packed form of a file, to be fetched in its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackedFile {
+    /// Its length.
+    pub bytes: u64,
+    /// Its hash.
+    pub hash: ContentHash,
+}
+
+impl RunFile {
+    /// What the packed form is asked for by.
+    pub fn packed_name(&self) -> String {
+        format!("{}.zst", self.name)
+    }
 }
 
 /// The coordinator's answer to a site that is admitted.
@@ -150,9 +168,8 @@ impl Greeting {
 impl Welcome {
     /// Whether counts and texts are within their bounds and every file stays inside the run's folder.
     pub fn is_acceptable(&self) -> bool {
-        let inside = |file: &RunFile| {
-            file.name.len() <= BLOB_NAME_BYTES_MAX && crate::BlobKey::File { name: file.name.clone() }.is_valid()
-        };
+        let is_valid = |name: String| crate::BlobKey::File { name }.is_valid();
+        let inside = |file: &RunFile| is_valid(file.name.clone()) && is_valid(file.packed_name());
         self.run_toml.len() <= RUN_TOML_BYTES_MAX && self.files.len() <= RUN_FILES_MAX && self.files.iter().all(inside)
     }
 }
@@ -162,7 +179,7 @@ mod tests {
     use super::*;
 
     fn welcome(name: &str) -> Welcome {
-        let file = RunFile { name: name.to_owned(), bytes: 1, hash: ContentHash::default() };
+        let file = RunFile { name: name.to_owned(), bytes: 1, hash: ContentHash::default(), packed: None };
         Welcome { site: SiteId(0), run_toml: String::new(), model_hash: ContentHash::default(), files: vec![file] }
     }
 

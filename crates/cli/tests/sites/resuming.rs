@@ -43,7 +43,7 @@ fn run_in_parts(
 #[test]
 fn ten_rounds_of_three_sites_equal_five_and_five() {
     let place = Place::new();
-    place.init("new", &["run.name=run", "sync.sites=3", "sync.shares=[1.0, 2.0, 5.0]"]);
+    place.init("new", &["run.name=run", "sync.sites=3", "sync.shares=[1.0, 2.0, 5.0]", "sync.outer_momentum=0.5"]);
     let (whole_summary, whole) = run_in_parts(&place, "new", "whole", &[10]);
     let (parts_summary, parts) = run_in_parts(&place, "new", "parts", &[5, 10]);
     assert!(whole_summary["finished"] == true && parts_summary["finished"] == true);

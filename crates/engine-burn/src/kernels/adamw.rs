@@ -4,7 +4,7 @@ use super::buffers::recycle;
 use super::elementwise::{self, vectorised};
 use super::parameters::{primitive, take};
 use super::{FlexTensor, values};
-use crate::optimizer::AdamWStep;
+use crate::optimizer::{AdamWStep, BatchPart};
 use burn::backend::Flex;
 use burn::tensor::Tensor;
 use rayon::prelude::*;
@@ -32,6 +32,31 @@ pub(crate) fn adamw(
 }
 
 fn step_piece(step: AdamWStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+    match step.part {
+        None => step_on_whole(step, p, g, m, v),
+        Some(part) => step_on_part(step, part, p, g, m, v),
+    }
+}
+
+fn step_on_part(step: AdamWStep, part: BatchPart, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+                let g = g * step.gradient_scale;
+                *m += (g - *m) * step.beta1_rest;
+                *v = *v * step.beta2 + g * g * step.beta2_rest;
+                let mean = *m * part.first_scale;
+                let signal = mean * mean;
+                let noise = (*v * part.second_scale - signal).max(0.0);
+                let denominator = (signal + noise * part.share).sqrt() + step.epsilon;
+                *p = *p * step.decay - part.learning_rate * (mean / denominator);
+            }
+        },
+    );
+}
+
+fn step_on_whole(step: AdamWStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
     vectorised(
         #[inline(always)]
         || {

@@ -91,12 +91,13 @@ impl Expectations {
         self.by_precision(3e-6, 1e-2)
     }
 
-    fn assert_same(&self, what: &str, found: &[f32], expected: &[f32]) {
+    /// `power`: of what is compared in the gradient, whose relative error it multiplies.
+    fn assert_same(&self, what: &str, found: &[f32], expected: &[f32], power: f64) {
         if self.repeatable {
             return assert_eq!(bits(found), bits(expected), "{what}");
         }
         let distance = relative_distance(found, expected);
-        assert!(distance <= self.one_step(), "{what}: {distance:.1e} apart");
+        assert!(distance <= power * self.one_step(), "{what}: {distance:.1e} apart");
     }
 }
 
@@ -117,6 +118,7 @@ pub fn run_all(factory: &Factory<'_>, expected: &Expectations) {
         fragments_round_trip(factory, &shape);
         restored_engine_continues(factory, expected, &shape);
         training_lowers_the_loss(factory, &shape);
+        steps_on_a_part_divide_by_the_joint_second_moment(factory, &shape);
     }
     let shape = tiny_shape(false);
     clipping_bounds_the_step(factory, &shape);
@@ -253,7 +255,7 @@ pub fn gradient_changes_nothing(factory: &Factory<'_>, expected: &Expectations, 
     expect_ok("inner_step", engine.inner_step(&batch, 1e-3));
     let before = expect_ok("save", engine.save());
     let first = gradient_of(&mut *engine, &batch);
-    expected.assert_same("the same gradient twice", &gradient_of(&mut *engine, &batch), &first);
+    expected.assert_same("the same gradient twice", &gradient_of(&mut *engine, &batch), &first, 1.0);
     assert_eq!(before, expect_ok("save", engine.save()));
 }
 
@@ -354,6 +356,16 @@ pub fn fragments_round_trip(factory: &Factory<'_>, shape: &ModelShape) {
     let mut short = vec![0.0; values.len() - 1];
     assert!(matches!(engine.read_fragment(&fragment, &mut short), Err(EngineError::Shape { .. })));
     assert!(matches!(engine.write_fragment(&fragment, &short), Err(EngineError::Shape { .. })));
+    assert!(matches!(engine.add_to_fragment(&fragment, &short), Err(EngineError::Shape { .. })));
+    let change: Vec<f32> = (0..fragment.elements()).map(|i| (i as f32).sin()).collect();
+    expect_ok("add_to_fragment", engine.add_to_fragment(&fragment, &change));
+    let mut rest = &change[..];
+    for range in &fragment.ranges {
+        let (part, after) = rest.split_at(range.len());
+        expected[range.clone()].iter_mut().zip(part).for_each(|(value, change)| *value += change);
+        rest = after;
+    }
+    assert_eq!(bits(&parameters_of(&mut *engine)), bits(&expected), "each sum is rounded once, and the rest stays");
     let outside = Fragment { index: 1, ranges: std::iter::once(elements - 1..elements + 1).collect() };
     assert!(matches!(engine.write_fragment(&outside, &[0.0; 2]), Err(EngineError::Shape { .. })));
 }
@@ -400,16 +412,61 @@ pub fn continues_elsewhere(
 
 fn assert_same_state(expected: &Expectations, what: &str, found: &EngineState, wanted: &EngineState) {
     assert_eq!(found.optimizer_steps, wanted.optimizer_steps, "{what}");
-    for (part, found, wanted) in [
-        ("parameters", &found.parameters, &wanted.parameters),
-        ("first moments", &found.first_moments, &wanted.first_moments),
-        ("second moments", &found.second_moments, &wanted.second_moments),
+    for (part, found, wanted, power) in [
+        ("parameters", &found.parameters, &wanted.parameters, 1.0),
+        ("first moments", &found.first_moments, &wanted.first_moments, 1.0),
+        ("second moments", &found.second_moments, &wanted.second_moments, 2.0),
     ] {
         assert!(found.keys().eq(wanted.keys()), "{what}: names of {part}");
         for (name, tensor) in wanted {
             assert_eq!(found[name].shape, tensor.shape, "{what}: {part} {name}");
-            expected.assert_same(&format!("{what}: {part} {name}"), &found[name].values, &tensor.values);
+            expected.assert_same(&format!("{what}: {part} {name}"), &found[name].values, &tensor.values, power);
         }
+    }
+}
+
+/// After some steps that saw a quarter of the joint batch, one more moves every parameter as [`crate::Engine::set_batch_share`] says; and
+/// what is no share counts as 1.
+pub fn steps_on_a_part_divide_by_the_joint_second_moment(factory: &Factory<'_>, shape: &ModelShape) {
+    const STEPS: i32 = 4;
+    let (learning_rate, share) = (1e-2, 0.25);
+    let train = TrainSection { gradient_clip_norm: 0.0, weight_decay: 0.1, ..TrainSection::default() };
+    let batch = |step: i32| random_batch(shape, 2, 12, 40 + step as u64);
+    let before_last_and_after = |share: f64| {
+        let mut engine = factory(shape, &train, &initial_parameters(shape, 41));
+        engine.set_batch_share(share);
+        for step in 1..STEPS {
+            expect_ok("inner_step", engine.inner_step(&batch(step), learning_rate));
+        }
+        let before = parameters_of(&mut *engine);
+        expect_ok("inner_step", engine.inner_step(&batch(STEPS), learning_rate));
+        let state = expect_ok("save", engine.save());
+        (engine.schema().clone(), before, parameters_of(&mut *engine), state)
+    };
+    let (schema, before, after, state) = before_last_and_after(share);
+    let flat = |tensors| schema.flatten(tensors).unwrap_or_else(|error| panic!("moments: {error}"));
+    let (first, second) = (flat(&state.first_moments), flat(&state.second_moments));
+    let correction = |beta: f64| 1.0 - beta.powi(STEPS);
+    let mut expected = vec![0.0_f32; before.len()];
+    for parameter in schema.parameters() {
+        let decay = if parameter.shape.len() >= 2 { learning_rate * train.weight_decay } else { 0.0 };
+        for i in parameter.range.clone() {
+            let mean = f64::from(first[i]) / correction(train.beta1);
+            let square = f64::from(second[i]) / correction(train.beta2);
+            let joint = mean * mean + share * (square - mean * mean).max(0.0);
+            let step = learning_rate * mean / (joint.sqrt() + train.epsilon);
+            expected[i] = (-f64::from(before[i]) * decay - step) as f32;
+        }
+    }
+    let moved: Vec<f32> = after.iter().zip(&before).map(|(after, before)| after - before).collect();
+    let distance = relative_distance(&moved, &expected);
+    // Moments as f32 give them, and a movement that is the difference of two f32.
+    assert!(distance < 1e-3, "a step on a quarter of the batch is off by {distance}");
+    let (_, _, whole, _) = before_last_and_after(1.0);
+    assert!(relative_distance(&after, &whole) > 1e-3, "the share changes nothing");
+    for no_share in [f64::NAN, 0.0, -1.0, 2.0] {
+        let (_, _, found, _) = before_last_and_after(no_share);
+        assert_eq!(bits(&found), bits(&whole), "a share of {no_share}");
     }
 }
 

@@ -268,6 +268,9 @@ impl Engine for TestEngine {
         self.micro_batch_samples
     }
 
+    // Its steps know no noise.
+    fn set_batch_share(&mut self, _share: f64) {}
+
     fn set_micro_batch_samples(&mut self, samples: usize) {
         if self.obeys {
             self.micro_batch_samples = samples;
