@@ -16,6 +16,7 @@ pub mod outer;
 pub mod plan;
 pub mod schedule;
 pub mod shares;
+pub mod stall;
 
 pub use codec::{EncoderMemory, FragmentCodec};
 pub use coordinator::{Command, Coordinator, Event, Settings};
