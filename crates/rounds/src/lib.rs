@@ -7,6 +7,7 @@
 //!
 //! Nothing here reads a clock, draws randomness or touches I/O: time is an argument.
 
+pub mod adaptive;
 mod codec;
 pub mod coordinator;
 pub mod ledger;

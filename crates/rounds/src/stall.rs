@@ -98,9 +98,10 @@ mod tests {
 
     /// Seconds of a round late in a run, by following every snapshot through host, link and delay.
     fn simulated_seconds(shape: &RoundShape, conditions: &Conditions) -> f64 {
-        const ROUNDS: usize = 400;
+        // Waits come in bursts, one in q + 1 rounds: many of them must be seen.
+        const ROUNDS: usize = 8_000;
         let time = round_time(shape, conditions);
-        let mut merged = vec![0.0; ROUNDS + 1];
+        let mut merged = vec![0.0f64; ROUNDS + 1];
         let mut ends = vec![0.0f64; ROUNDS + 1];
         let (mut host_free, mut link_free) = (0.0f64, 0.0f64);
         for round in 1..=ROUNDS {
@@ -160,8 +161,12 @@ mod tests {
 
     #[test]
     fn without_overlap_a_round_waits_for_the_whole_merge() {
-        let conditions =
-            Conditions { step_seconds: 0.5, seconds_per_byte: 1e-6, latency_seconds: 0.3, host_seconds_per_element: 0.0 };
+        let conditions = Conditions {
+            step_seconds: 0.5,
+            seconds_per_byte: 1e-6,
+            latency_seconds: 0.3,
+            host_seconds_per_element: 0.0,
+        };
         let shape = RoundShape { steps: 20, overlap_steps: 0, elements: 1, encoded_bytes: 5_000_000 };
         let time = round_time(&shape, &conditions);
         assert!((time.stall_seconds - 5.3).abs() < 1e-9 && (time.utilisation() - 10.0 / 15.3).abs() < 1e-9);
