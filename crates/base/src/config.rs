@@ -192,6 +192,22 @@ pub enum Codec {
     Sparse,
 }
 
+impl Codec {
+    /// As `run.toml` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::E3m0 => "e3m0",
+            Self::Mxfp4 => "mxfp4",
+            Self::LowRank => "lowrank",
+            Self::Sparse96 => "sparse96",
+            Self::Sparse => "sparse",
+        }
+    }
+}
+
 /// `[sync]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -212,6 +228,8 @@ pub struct SyncSection {
     pub codec: Codec,
     /// Columns of a factor, where the codec is `lowrank`.
     pub rank: u32,
+    /// Whether H, fragments, overlap, codec and rank follow the measured links from what is set here. `streaming` only.
+    pub adaptive: bool,
     /// Whether what coding lost stays in the site's own parameters, so that its next delta holds it. Otherwise the site takes over
     /// what was merged, and adds `error_feedback` of what was lost to its next delta.
     pub keep_residual: bool,
@@ -248,6 +266,7 @@ impl Default for SyncSection {
             keep_overlapped: true,
             codec: Codec::F32,
             rank: 10,
+            adaptive: false,
             keep_residual: true,
             error_feedback: 1.0,
             outer_learning_rate: 1.0,
@@ -472,7 +491,7 @@ impl RunConfig {
 
     /// What the keys of `[sync]` must be to one another.
     fn validate_sync(&self) -> Result<(), ConfigError> {
-        let SyncSection { strategy, inner_steps, fragments, overlap_steps, .. } = self.sync;
+        let SyncSection { strategy, inner_steps, fragments, overlap_steps, adaptive, .. } = self.sync;
         let refuse = |field: &str, reason: String| Err(ConfigError::Value { field: format!("[sync] {field}"), reason });
         if strategy != Strategy::Streaming {
             let name = strategy.name();
@@ -483,6 +502,7 @@ impl RunConfig {
                 () if overlap_steps != 0 => {
                     refuse("overlap_steps", format!("{overlap_steps} needs strategy streaming, not {name}"))
                 }
+                () if adaptive => refuse("adaptive", format!("true needs strategy streaming, not {name}")),
                 () => Ok(()),
             };
         }
@@ -591,6 +611,7 @@ mod tests {
         refuse(&|c| c.data.sequence_length = 257);
         refuse(&|c| c.sync.fragments = 2);
         refuse(&|c| c.sync.overlap_steps = 1);
+        refuse(&|c| c.sync.adaptive = true);
         let streaming = |fragments, overlap_steps| {
             move |c: &mut RunConfig| {
                 (c.sync.strategy, c.sync.inner_steps) = (Strategy::Streaming, 20);

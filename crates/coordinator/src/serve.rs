@@ -7,6 +7,7 @@ use crate::files::{FilesError, RunFiles, Served};
 use crate::probes::{Probes, ReferenceSource};
 use crate::store::{Line, Store, StoreError};
 use base::{ContentHash, Hint, Round, SiteId};
+use rounds::adaptive::Choice;
 use rounds::coordinator::{Lateness, Note};
 use rounds::{
     Command, Commit, Coordinator, Directive, Event as Input, LeaveReason, LedgerTotals, Peer, Settings, SiteDevice,
@@ -489,17 +490,18 @@ impl Shell {
             FromSite::Evaluated { round, nats_per_token, bits_per_byte, bigram_bits_per_byte, tokens } => {
                 let step = self.coordinator.step_of(round);
                 let numbers = [nats_per_token, bits_per_byte, bigram_bits_per_byte];
-                if numbers.iter().all(|number| number.is_finite()) {
-                    self.emit(Event::Evaluated {
-                        round,
-                        step,
-                        nats_per_token,
-                        bits_per_byte,
-                        bigram_bits_per_byte,
-                        tokens,
-                    });
+                if !numbers.iter().all(|number| number.is_finite()) {
+                    return Ok(());
                 }
-                Ok(())
+                self.emit(Event::Evaluated {
+                    round,
+                    step,
+                    nats_per_token,
+                    bits_per_byte,
+                    bigram_bits_per_byte,
+                    tokens,
+                });
+                self.decide(Input::Evaluated { site, round, nats_per_token })
             }
             FromSite::Fetched { round, from, bytes, seconds } => {
                 self.emit(Event::DeltaFetched { round, from_site: from, bytes, seconds });
@@ -594,6 +596,11 @@ impl Shell {
                 let share = |(site, weight): (SiteId, f64)| SiteShare { site, share: weight / total };
                 let shares = weights.into_iter().map(share).collect();
                 self.emit(Event::SharesChanged { reason: "measured speeds moved".to_owned(), shares });
+            }
+            Note::SettingsChanged { round, change } => {
+                let Choice { inner_steps, fragments, overlap_steps, codec, rank } = change.to;
+                let (codec, reason) = (codec.name().to_owned(), change.reason);
+                self.emit(Event::SettingsChanged { round, inner_steps, fragments, overlap_steps, codec, rank, reason });
             }
             Note::RolledBack { from, to } => {
                 let message = format!("no site holds round {from} any more: the run goes back to round {to}");

@@ -93,7 +93,7 @@ const SAME_INPUT: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj"
 
 /// Shapes of the fragment's parameters, in its order: matrices by their first dimension, all else as one row. Neighbours that multiply the
 /// same input are one matrix, its rows one after another.
-fn shapes(schema: &ParameterSchema, fragment: &Fragment) -> Vec<MatrixShape> {
+pub(crate) fn shapes(schema: &ParameterSchema, fragment: &Fragment) -> Vec<MatrixShape> {
     let mut shapes: Vec<MatrixShape> = Vec::new();
     let mut last: Option<&ParameterSpec> = None;
     for range in &fragment.ranges {

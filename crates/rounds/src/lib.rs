@@ -26,6 +26,6 @@ pub use member::{Member, MemberCommand, MemberEvent};
 pub use merge::token_weighted_mean;
 pub use outer::{OuterOptimizer, OuterRule};
 pub use plan::{
-    Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan,
-    SiteDevice,
+    Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, LinkReport, Measurement, Peer,
+    Report, RoundPlan, SiteDevice,
 };

@@ -36,7 +36,7 @@ mod tests {
     /// Of a fragment of two values.
     fn uncoded() -> FragmentCodec {
         let schema = ParameterSchema::new([("weight".to_owned(), vec![2])]);
-        FragmentCodec::new(FragmentPlan { index: 0, count: 1, codec: Codec::F32 }, 1, &schema, &schema.whole())
+        FragmentCodec::new(FragmentPlan { index: 0, count: 1, codec: Codec::F32, rank: 0 }, 1, &schema, &schema.whole())
     }
 
     fn encoded(values: &[f32]) -> Vec<u8> {

@@ -51,6 +51,16 @@ pub struct FragmentPlan {
     pub count: u32,
     /// How its deltas are coded.
     pub codec: Codec,
+    /// Rank of a low-rank codec; 0: as the configuration has it.
+    #[serde(default)]
+    pub rank: u32,
+}
+
+impl FragmentPlan {
+    /// The rank to code with, where the configuration says `rank`.
+    pub fn rank_or(&self, rank: u32) -> u32 {
+        if self.rank > 0 { self.rank } else { rank }
+    }
 }
 
 /// A round as it begins.
@@ -85,6 +95,58 @@ pub struct Contribution {
     pub loss_nats: f64,
     /// Time in inner steps.
     pub compute_seconds: f64,
+}
+
+/// Most links in a [`Measurement`]: the peers of a large run, 32 bytes each in a frame of 1 MiB.
+pub const LINK_REPORTS_MAX: usize = 1_024;
+
+/// What a site knows of the way from another site to it, from what it has fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LinkReport {
+    /// Who sends.
+    pub from: SiteId,
+    /// Goodput.
+    pub bytes_per_second: f64,
+    /// Without queues; 0 where it is not known.
+    pub round_trip_seconds: f64,
+    /// Part of the bytes that was sent again, 0 to 1; 0 where it is not known.
+    pub loss: f64,
+}
+
+/// What a site has measured by the time it delivers for a round: adaptive settings are decided on it.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Measurement {
+    /// Norm of what coding left over of the round's delta, over the norm of that delta; both with all residuals added up.
+    pub lost_part: f64,
+    /// Time in which the host encoded the delta.
+    pub encode_seconds: f64,
+    /// Time in which it merged the last commit; 0 before the first.
+    pub merge_seconds: f64,
+    /// The links that are known.
+    pub links: Vec<LinkReport>,
+}
+
+/// No link, host or codec is measured beyond these; see [`Measurement::is_acceptable`].
+const BYTES_PER_SECOND_MAX: f64 = 1e15;
+const SECONDS_MAX: f64 = 1e6;
+const LOST_PART_MAX: f64 = 1e3;
+
+impl Measurement {
+    /// Whether every number is one that can have been measured.
+    pub fn is_acceptable(&self) -> bool {
+        // NaN is in no range.
+        let link = |link: &LinkReport| {
+            link.bytes_per_second > 0.0
+                && link.bytes_per_second <= BYTES_PER_SECOND_MAX
+                && (0.0..=SECONDS_MAX).contains(&link.round_trip_seconds)
+                && (0.0..=1.0).contains(&link.loss)
+        };
+        (0.0..=LOST_PART_MAX).contains(&self.lost_part)
+            && (0.0..=SECONDS_MAX).contains(&self.encode_seconds)
+            && (0.0..=SECONDS_MAX).contains(&self.merge_seconds)
+            && self.links.len() <= LINK_REPORTS_MAX
+            && self.links.iter().all(link)
+    }
 }
 
 /// A contribution that is part of a commit, or may become one.
@@ -122,7 +184,7 @@ pub struct Commit {
 impl Commit {
     /// Round 0: the state that every run begins with.
     pub fn initial() -> Self {
-        let fragment = FragmentPlan { index: 0, count: 1, codec: Codec::F32 };
+        let fragment = FragmentPlan { index: 0, count: 1, codec: Codec::F32, rank: 0 };
         Self { term: Term(0), round: Round(0), fragment, contributors: Vec::new(), cursor: 0, step: 0, samples: 0 }
     }
 }
@@ -266,6 +328,13 @@ pub enum Report {
     },
     /// What it computes on, once the engine runs.
     Device(SiteDevice),
+    /// Said before [`Report::Computed`] where settings are adaptive.
+    Measured {
+        /// Round of the plan.
+        round: Round,
+        /// What it knows now.
+        measurement: Measurement,
+    },
 }
 
 /// Hash of the global state after a commit (invariant I1): BLAKE3 of the parameters and outer buffers as little-endian

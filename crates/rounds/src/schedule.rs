@@ -49,6 +49,14 @@ pub fn effects(round: Round, steps: u64, overlap_steps: u64) -> Effects {
 }
 
 impl Effects {
+    /// The same, in rounds of which `first` is the first with this schedule: what was committed before it, under another one, takes
+    /// effect before its first step.
+    #[must_use]
+    pub fn since(self, first: Round) -> Self {
+        let before_it = Round(first.0.saturating_sub(1));
+        Self { before: self.before.max(before_it), during: self.during.max(before_it), ..self }
+    }
+
     /// After how many of its own steps a site applies [`Effects::during`], if it makes `own_steps` in a round of `steps`.
     pub fn after_own_steps(&self, own_steps: u64, steps: u64) -> u64 {
         let scaled = u128::from(self.after_steps) * u128::from(own_steps);
@@ -75,6 +83,15 @@ mod tests {
         assert_eq!(effects(Round(5), 5, 10), Effects { before: Round(2), during: Round(2), after_steps: 0 });
         assert_eq!(effects(Round(1), 5, 12), Effects { before: Round(0), during: Round(0), after_steps: 2 });
         assert_eq!((lookahead(20, 3), lookahead(5, 10), lookahead(5, 12)), (1, 2, 3));
+    }
+
+    #[test]
+    fn what_another_schedule_has_left_takes_effect_before_the_first_step() {
+        let of = |round| effects(Round(round), 5, 12).since(Round(9));
+        assert_eq!(of(9), Effects { before: Round(8), during: Round(8), after_steps: 2 });
+        assert_eq!(of(11), Effects { before: Round(8), during: Round(8), after_steps: 2 });
+        assert_eq!(of(12), Effects { before: Round(8), during: Round(9), after_steps: 2 });
+        assert_eq!(of(13), effects(Round(13), 5, 12));
     }
 
     #[test]

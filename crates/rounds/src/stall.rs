@@ -147,7 +147,7 @@ mod tests {
     fn the_published_bandwidths_are_enough_for_the_published_utilisations() {
         for (parameters, fragments, step_seconds, inner_steps, gigabits) in PUBLISHED {
             let elements = parameters as u64 / fragments;
-            let encoded_bytes = crate::encoded_bytes(base::config::Codec::E3m0, elements);
+            let encoded_bytes = formats::CodecKind::E3m0.codec().encoded_bytes(elements as usize) as u64;
             let shape = RoundShape { steps: inner_steps / fragments, overlap_steps: 5, elements, encoded_bytes };
             for (gigabits, wanted) in gigabits.into_iter().zip([0.5, 0.8, 0.9, 0.95, 0.99]) {
                 let seconds_per_byte = 8.0 / (gigabits * 1e9);

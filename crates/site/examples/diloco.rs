@@ -70,7 +70,7 @@ fn plan(config: &RunConfig, ledger: &mut Ledger, round: u64) -> RoundPlan {
         lease: ledger.lease(round, site, portion.samples),
         share,
     });
-    let fragment = FragmentPlan { index: 0, count: 1, codec: config.sync.codec };
+    let fragment = FragmentPlan { index: 0, count: 1, codec: config.sync.codec, rank: 0 };
     let effects = schedule::effects(round, steps, 0);
     RoundPlan { term: Term(1), round, first_step, steps, fragment, effects, assignments: assignments.collect() }
 }

@@ -15,9 +15,10 @@ use crate::worker::{Done, Job, Local, Worker};
 use base::{ContentHash, Hint, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use engine::{DeviceInfo, Engine, EngineError, Interrupter};
+use rounds::plan::LINK_REPORTS_MAX;
 use rounds::{
-    Commit, Contributor, Directive, FragmentPlan, LeaveReason, Member, MemberCommand, MemberEvent, Report, Settings,
-    SiteDevice,
+    Commit, Contributor, Directive, FragmentPlan, LeaveReason, LinkReport, Measurement, Member, MemberCommand,
+    MemberEvent, Report, Settings, SiteDevice,
 };
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -662,7 +663,7 @@ impl Agent {
         for transfer in self.fetching.extract_if(.., |(fetched, _), _| *fetched <= round) {
             transfer.1.abort();
         }
-        let kept = self.settings.rounds_kept(self.settings.delta_bytes(fragment), self.shelf.sites());
+        let kept = self.settings.rounds_kept(fragment, self.shelf.sites());
         self.shelf.forget_before(Round(round.0.saturating_sub(kept)));
     }
 
@@ -764,7 +765,8 @@ impl Agent {
             }
             // The plan was withdrawn while its snapshot was being taken: another one may have begun by now.
             Done::Encoded { abandoned, .. } if abandoned.load(Ordering::Relaxed) => Ok(()),
-            Done::Encoded { round, fragment, delta, contribution, .. } => {
+            Done::Encoded { round, fragment, delta, contribution, measurement, .. } => {
+                self.tell_measurement(round, measurement).await;
                 self.shelf.offer((round, fragment.index), self.site, Blob::memory(delta.clone()));
                 self.deltas.insert((round, self.site), delta);
                 self.feed(MemberEvent::Encoded { round, contribution }).await
@@ -799,6 +801,24 @@ impl Agent {
                 Err(error.into())
             }
             Done::Finished => Ok(()),
+        }
+    }
+
+    /// What settings that follow the links are decided on.
+    async fn tell_measurement(&mut self, round: Round, mut measurement: Measurement) {
+        if !self.config.sync.adaptive || self.ending.is_some() {
+            return;
+        }
+        let known = self.shelf.others().into_iter().filter_map(|(from, holder)| {
+            let link = self.client.link(&holder)?;
+            let (round_trip_seconds, loss) = (link.round_trip_seconds.unwrap_or(0.0), link.loss.unwrap_or(0.0));
+            let loss = loss.clamp(0.0, 1.0);
+            Some(LinkReport { from, bytes_per_second: link.bytes_per_second?, round_trip_seconds, loss })
+        });
+        measurement.links = known.take(LINK_REPORTS_MAX).collect();
+        // Nobody needs a measurement that makes no sense.
+        if measurement.is_acceptable() {
+            self.tell(&FromSite::Report(Report::Measured { round, measurement })).await;
         }
     }
 

@@ -63,6 +63,14 @@ impl Shelf {
         self.holders(&sites)
     }
 
+    /// The other sites, as holders.
+    pub(crate) fn others(&self) -> Vec<(SiteId, Holder)> {
+        let inner = self.inner();
+        let others = inner.peers.values().filter(|peer| peer.site != self.site);
+        let holder = |peer: &Peer| Holder { address: peer.address.clone(), fingerprint: peer.fingerprint };
+        others.map(|peer| (peer.site, holder(peer))).collect()
+    }
+
     /// Number of sites.
     pub(crate) fn sites(&self) -> usize {
         self.inner().peers.len()

@@ -8,9 +8,10 @@ use crate::trainer::{Progress, TrainError};
 use crate::worker::Done;
 use base::ContentHash;
 use bytes::Bytes;
-use rounds::{Commit, Contribution, RoundPlan};
+use rounds::{Commit, Contribution, Measurement, RoundPlan};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 /// What the host's thread is asked to do.
 pub(crate) enum HostJob {
@@ -26,16 +27,19 @@ pub(crate) enum HostJob {
 
 /// Does jobs until there are no more, or one fails; `answer` gives false when nobody listens any more.
 pub(crate) fn run(mut merger: Merger, jobs: &std::sync::mpsc::Receiver<HostJob>, mut answer: impl FnMut(Done) -> bool) {
+    let mut merge_seconds = 0.0;
     while let Ok(job) = jobs.recv() {
         let done = match job {
             HostJob::Encode { abandon, .. } if abandon.load(Ordering::Relaxed) => continue,
             HostJob::Encode { plan, values, progress, abandon } => {
-                encode(&mut merger, &plan, &values, &progress, abandon)
+                encode(&mut merger, &plan, &values, &progress, (abandon, merge_seconds))
             }
-            HostJob::Merge { commit, deltas } => match merger.merge(&commit, &deltas) {
-                Ok(merged) => Done::Merged(merged),
-                Err(error) => Done::Failed(TrainError::Merge(error)),
-            },
+            HostJob::Merge { commit, deltas } => {
+                let began = Instant::now();
+                let merged = merger.merge(&commit, &deltas);
+                merge_seconds = began.elapsed().as_secs_f64();
+                merged.map_or_else(|error| Done::Failed(TrainError::Merge(error)), Done::Merged)
+            }
             HostJob::Install { commit, bytes } => install(&mut merger, commit, &bytes),
             HostJob::Withdraw => {
                 merger.withdraw();
@@ -53,11 +57,14 @@ fn encode(
     plan: &RoundPlan,
     values: &Arc<Vec<f32>>,
     progress: &Progress,
-    abandoned: Arc<AtomicBool>,
+    (abandoned, merge_seconds): (Arc<AtomicBool>, f64),
 ) -> Done {
     let (round, fragment) = (plan.round, plan.fragment);
+    let began = Instant::now();
     match merger.encode(round, fragment, values) {
         Ok(delta) => {
+            let (lost_part, encode_seconds) = (merger.lost_part(), began.elapsed().as_secs_f64());
+            let measurement = Measurement { lost_part, encode_seconds, merge_seconds, links: Vec::new() };
             let contribution = Contribution {
                 tokens: progress.loss.tokens,
                 delta_hash: ContentHash::of(&delta),
@@ -65,7 +72,7 @@ fn encode(
                 loss_nats: progress.loss_nats(),
                 compute_seconds: progress.compute_seconds,
             };
-            Done::Encoded { round, fragment, delta, contribution, abandoned }
+            Done::Encoded { round, fragment, delta, contribution, measurement, abandoned }
         }
         Err(not_finite) => Done::Failed(TrainError::NotFinite {
             step: plan.first_step + plan.steps,

@@ -73,6 +73,7 @@ struct InFlight {
 #[derive(Debug)]
 pub struct Fragments {
     schema: ParameterSchema,
+    /// Where a plan has none.
     rank: u32,
     by_count: BTreeMap<u32, Vec<Fragment>>,
 }
@@ -92,7 +93,7 @@ impl Fragments {
     /// How its deltas are coded.
     pub fn codec(&mut self, plan: FragmentPlan) -> FragmentCodec {
         let fragment = self.of(plan);
-        FragmentCodec::new(plan, self.rank, &self.schema, &fragment)
+        FragmentCodec::new(plan, plan.rank_or(self.rank), &self.schema, &fragment)
     }
 }
 
@@ -106,8 +107,10 @@ pub struct Merger {
     /// What coding left over, of all parameters; empty while nothing was.
     residual: Vec<f32>,
     in_flight: BTreeMap<Round, InFlight>,
-    /// What the encoder keeps of each fragment, by its index and their count.
-    memories: BTreeMap<(u32, u32), EncoderMemory>,
+    /// What the encoder keeps of each fragment, with the plan that it is kept for, by index.
+    memories: BTreeMap<u32, (FragmentPlan, EncoderMemory)>,
+    /// See [`Merger::lost_part`].
+    lost_part: f64,
 }
 
 impl Merger {
@@ -115,7 +118,17 @@ impl Merger {
     pub fn new(site: SiteId, config: &RunConfig, state: SharedState) -> Self {
         let (schema, sync) = (config.schema(), config.sync.clone());
         let (fragments, in_flight) = (Fragments::new(config), BTreeMap::new());
-        Self { site, sync, schema, state, fragments, residual: Vec::new(), in_flight, memories: BTreeMap::new() }
+        Self {
+            site,
+            sync,
+            schema,
+            state,
+            fragments,
+            residual: Vec::new(),
+            in_flight,
+            memories: BTreeMap::new(),
+            lost_part: 0.0,
+        }
     }
 
     /// Encodes what this site has to give for a round: from the local parameters of the fragment, or from their gradient where the
@@ -135,8 +148,7 @@ impl Merger {
             visit(&fragment, &self.residual, &mut delta, |residual, delta| *delta += residual);
         }
         self.require_finite(&fragment, &delta)?;
-        let memory = self.memories.entry((plan.index, plan.count)).or_default();
-        let encoded = self.fragments.codec(plan).encode(&mut delta, memory);
+        let encoded = self.encode_measured(plan, &mut delta);
         let before = if self.keeps_residual() {
             // G - q = L + (d - q)
             delta.iter_mut().zip(&local[..]).for_each(|(lost, local)| *lost += local);
@@ -148,6 +160,28 @@ impl Merger {
         let encoded = Bytes::from(encoded);
         self.in_flight.insert(round, InFlight { encoded: encoded.clone(), before });
         Ok(encoded)
+    }
+
+    /// Encodes `delta`, and leaves in it what that lost.
+    fn encode_measured(&mut self, plan: FragmentPlan, delta: &mut [f32]) -> Vec<u8> {
+        let memory = self.memories.entry(plan.index).or_insert_with(|| (plan, EncoderMemory::default()));
+        // What was kept for fragments or factors of another size is of no use.
+        if memory.0 != plan {
+            *memory = (plan, EncoderMemory::default());
+        }
+        let codec = self.fragments.codec(plan);
+        if !self.sync.adaptive {
+            return codec.encode(delta, &mut memory.1);
+        }
+        let whole = squared_norm(delta);
+        let encoded = codec.encode(delta, &mut memory.1);
+        self.lost_part = if whole > 0.0 { (squared_norm(delta) / whole).sqrt() } else { 0.0 };
+        encoded
+    }
+
+    /// Norm of what the last encoding lost over the norm of what was to be encoded, where settings are adaptive; else 0.
+    pub fn lost_part(&self) -> f64 {
+        self.lost_part
     }
 
     fn keeps_residual(&self) -> bool {
@@ -284,6 +318,16 @@ fn difference(fragment: &Fragment, all: &[f32], values: &[f32]) -> Vec<f32> {
         rest = after;
     }
     differences
+}
+
+/// Sum of squares, in as many lanes as a vector has, so that it costs little beside the encoding.
+fn squared_norm(values: &[f32]) -> f64 {
+    const LANES: usize = 8;
+    let mut lanes = [0.0f64; LANES];
+    for chunk in values.chunks(LANES) {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += f64::from(*value) * f64::from(*value));
+    }
+    lanes.iter().sum()
 }
 
 /// Calls `each` with the elements of `all` that are in `fragment`, and those of `values`, side by side.

@@ -17,7 +17,7 @@ use base::config::Strategy;
 use base::{ContentHash, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use engine::{EngineError, EngineState};
-use rounds::{Assignment, Commit, Contribution, FragmentPlan, RoundPlan};
+use rounds::{Assignment, Commit, Contribution, FragmentPlan, Measurement, RoundPlan};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -54,6 +54,8 @@ pub(crate) enum Done {
         fragment: FragmentPlan,
         delta: Bytes,
         contribution: Contribution,
+        /// What the host knows of it.
+        measurement: Measurement,
         abandoned: Arc<AtomicBool>,
     },
     Merged(Merged),

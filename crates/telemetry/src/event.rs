@@ -367,6 +367,23 @@ events! {
         /// One for each member.
         shares: Vec<SiteShare>,
     }
+    /// Rounds from this one on are of another kind, because of the links or of the model's quality.
+    SettingsChanged = "settings_changed" {
+        /// The first of them.
+        round: Round,
+        /// H: inner steps between two merges of the same parameters.
+        inner_steps: u64,
+        /// P: parts of the parameters that are merged in turn.
+        fragments: u32,
+        /// tau: inner steps that sites make while a fragment travels.
+        overlap_steps: u64,
+        /// How deltas are coded.
+        codec: String,
+        /// Its rank where it has one; else 0.
+        rank: u32,
+        /// Why, in words with their numbers.
+        reason: String,
+    }
     /// A connection was turned away.
     PeerRefused = "peer_refused" {
         /// Whence, `host:port`.

@@ -27,13 +27,14 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::Ledger { .. }
         | Event::Straggler { .. }
         | Event::SharesChanged { .. }
+        | Event::SettingsChanged { .. }
         | Event::PeerRefused { .. }
         | Event::Warning { .. }
         | Event::SiteDevice { .. }
         | Event::MicroBatchReduced { .. }
         | Event::EngineRestarted { .. }
         | Event::EngineHung { .. }
-        | Event::RunFinished { .. } => 25,
+        | Event::RunFinished { .. } => 26,
     };
     let (site, round, term) = (SiteId(2), Round(3), Term(1));
     let events = vec![
@@ -113,6 +114,15 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::CheckpointSaved { round, path: "checkpoints/round-00000003".to_owned(), bytes: 12, seconds: 0.5 },
         Event::CheckpointSkipped { path: "checkpoints/round-00000002".to_owned(), reason: "cut".to_owned() },
         Event::Ledger { leased: 9, committed: 5, returned: 3, lost: 1 },
+        Event::SettingsChanged {
+            round,
+            inner_steps: 12,
+            fragments: 4,
+            overlap_steps: 3,
+            codec: "lowrank".to_owned(),
+            rank: 8,
+            reason: "18.0 Mbit/s from site-a to site-b, 2 sites: it fits".to_owned(),
+        },
         Event::Straggler { round, site, reason: "slow link".to_owned(), waited_seconds: 2.5 },
         Event::SharesChanged { reason: "speed".to_owned(), shares: vec![SiteShare { site, share: 0.3 }] },
         Event::PeerRefused { address: "10.0.0.9:1".to_owned(), reason: "wrong secret".to_owned() },

@@ -108,10 +108,10 @@ impl Guard {
         if let Some(trial) = &mut self.trial {
             trial.rounds += 1;
         }
-        if let Some(loss) = quality.validation_loss.filter(|loss| loss.is_finite()) {
-            if self.losses.back().is_none_or(|(step, _)| *step < quality.step) {
-                push(&mut self.losses, (quality.step, loss), LOSSES);
-            }
+        if let Some(loss) = quality.validation_loss.filter(|loss| loss.is_finite())
+            && self.losses.back().is_none_or(|(step, _)| *step < quality.step)
+        {
+            push(&mut self.losses, (quality.step, loss), LOSSES);
         }
         if let Some(ratio) = quality.residual_ratio.filter(|ratio| ratio.is_finite()) {
             push(&mut self.residuals, ratio, RESIDUALS);

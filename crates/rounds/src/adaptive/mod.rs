@@ -13,13 +13,13 @@ mod measured;
 mod tests;
 
 pub use guard::Quality;
-pub use ladder::{CODEC_LOSS_DOUBLINGS, Choice, FIT_LOAD_MAX, Limits};
+pub use ladder::{Choice, FIT_LOAD_MAX, Limits, residual_part};
 pub use measured::{Exchange, LinkMeasure, Measured, Sharing};
 
 use crate::stall::{Conditions, RoundTime};
 use base::ParameterSchema;
 use guard::{Guard, Sign, Verdict};
-use ladder::{Allowed, Sizes, best, least_stall, time_of};
+use ladder::{Allowed, Sizes, best, bytes_of, least_stall, time_of};
 use measured::{Bottleneck, Smoothed};
 
 /// Rounds in a row in which the settings in use do not fit before others are taken: one slow round is a hiccup.
@@ -65,7 +65,7 @@ pub struct Adaptive {
 impl Adaptive {
     /// Begins with `choice`, as the configuration has it.
     pub fn new(limits: Limits, schema: &ParameterSchema, choice: Choice) -> Self {
-        let sizes = Sizes::of(schema, limits.fragments_max);
+        let sizes = Sizes::of(schema, &limits, &choice);
         let (smoothed, guard) = (Smoothed::default(), Guard::default());
         Self { limits, sizes, choice, smoothed, guard, guarded: false, late: 0, better: 0 }
     }
@@ -114,7 +114,7 @@ impl Adaptive {
         if to == self.choice || (after.load() > 1.0 && waits(&after) > WAIT_PART_MAX * waits(&time)) {
             return None;
         }
-        let reason = format!("{}: {}; {}", view, view.shortage(&self.choice, &time), view.use_of(&to, &after));
+        let reason = format!("{view}: {}; {}", self.shortage(&time), self.use_of(&to, &after));
         self.guard.end();
         self.guarded = false;
         Some(self.change(to, reason))
@@ -157,10 +157,38 @@ impl Adaptive {
         let to = to.filter(|_| self.better >= BETTER_ROUNDS)?;
         let time = self.time(&to, view);
         let reason =
-            format!("{view}: for {BETTER_ROUNDS} rounds better settings have fitted; {}", view.use_of(&to, &time));
+            format!("{view}: for {BETTER_ROUNDS} rounds better settings have fitted; {}", self.use_of(&to, &time));
         self.guard.end();
         self.guarded = false;
         Some(self.change(to, reason))
+    }
+
+    /// Why the settings in use do not fit.
+    fn shortage(&self, time: &RoundTime) -> String {
+        let (choice, kilobytes) = (&self.choice, kilobytes(&self.choice, &self.sizes));
+        let transfer = time.link_seconds.max(time.host_seconds);
+        if transfer > time.compute_seconds {
+            let (round, steps) = (time.compute_seconds, choice.inner_steps / u64::from(choice.fragments.max(1)));
+            return format!(
+                "{choice} sends {kilobytes:.1} kB in {transfer:.3} s, and the {steps} steps of a round take {round:.3} s"
+            );
+        }
+        let (merge, overlap, steps) = (time.merge_seconds, time.overlap_seconds, choice.overlap_steps);
+        format!(
+            "{choice} sends {kilobytes:.1} kB and merges after {merge:.3} s, and {steps} steps of overlap take {overlap:.3} s"
+        )
+    }
+
+    /// How a choice fits.
+    fn use_of(&self, choice: &Choice, time: &RoundTime) -> String {
+        let kilobytes = kilobytes(choice, &self.sizes);
+        let RoundTime { link_seconds, compute_seconds, merge_seconds, overlap_seconds, .. } = time;
+        let fits = format!(
+            "{choice} sends {kilobytes:.1} kB in {link_seconds:.3} of the {compute_seconds:.3} s that a round computes, \
+             and merges after {merge_seconds:.3} of {overlap_seconds:.3} s"
+        );
+        let stall = 100.0 * (1.0 - time.utilisation());
+        if stall > 0.0 { format!("{fits}; sites wait {stall:.0} % of the time, nothing waits less") } else { fits }
     }
 
     fn change(&mut self, to: Choice, reason: String) -> Change {
@@ -170,39 +198,15 @@ impl Adaptive {
     }
 }
 
+fn kilobytes(choice: &Choice, sizes: &Sizes) -> f64 {
+    1e-3 * bytes_of(choice, sizes) as f64
+}
+
 /// What a decision is made on.
 struct View {
     conditions: Conditions,
     bottleneck: Bottleneck,
     sites: usize,
-}
-
-impl View {
-    /// Why a choice does not fit.
-    fn shortage(&self, choice: &Choice, time: &RoundTime) -> String {
-        let rounds = choice.inner_steps / u64::from(choice.fragments.max(1));
-        let transfer = time.link_seconds.max(time.host_seconds);
-        if transfer > time.compute_seconds {
-            let limit = time.compute_seconds;
-            return format!(
-                "{choice} needs {transfer:.3} s of the {limit:.3} s that the {rounds} steps of a round take"
-            );
-        }
-        let (needed, limit) = (time.merge_seconds, time.overlap_seconds);
-        let steps = choice.overlap_steps;
-        format!("{choice} needs {needed:.3} s of the {limit:.3} s that {steps} steps of overlap take")
-    }
-
-    /// How a choice fits.
-    fn use_of(&self, choice: &Choice, time: &RoundTime) -> String {
-        let (transfer, round) = (time.link_seconds, time.compute_seconds);
-        let (merge, overlap) = (time.merge_seconds, time.overlap_seconds);
-        let fits = format!(
-            "{choice} takes {transfer:.3} of {round:.3} s on the link and merges after {merge:.3} of {overlap:.3} s"
-        );
-        let stall = 100.0 * (1.0 - time.utilisation());
-        if stall > 0.0 { format!("{fits}; sites wait {stall:.0} % of the time, nothing waits less") } else { fits }
-    }
 }
 
 impl std::fmt::Display for View {

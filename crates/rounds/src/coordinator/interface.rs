@@ -1,5 +1,6 @@
 //! What goes into the coordinator's decisions and what comes out of them.
 
+use crate::adaptive::{Change, Choice};
 use crate::codec::FragmentCodec;
 use crate::ledger::{Ledger, LedgerTotals};
 use crate::plan::{Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan, SiteDevice};
@@ -44,16 +45,40 @@ impl Settings {
     /// Size of an encoded delta of a fragment.
     pub fn delta_bytes(&self, plan: FragmentPlan) -> u64 {
         let fragments = self.schema.fragments(plan.count);
-        let bytes = |fragment| FragmentCodec::new(plan, self.sync.rank, &self.schema, fragment).encoded_bytes() as u64;
+        let rank = plan.rank_or(self.sync.rank);
+        let bytes = |fragment| FragmentCodec::new(plan, rank, &self.schema, fragment).encoded_bytes() as u64;
         fragments.get(plan.index as usize).map_or(0, bytes)
+    }
+
+    /// Values of a fragment.
+    pub fn elements(&self, plan: FragmentPlan) -> u64 {
+        self.schema.fragments(plan.count).get(plan.index as usize).map_or(0, |fragment| fragment.elements() as u64)
+    }
+
+    /// The same with rounds of another kind.
+    #[must_use]
+    pub fn with(mut self, choice: &Choice) -> Self {
+        let Choice { inner_steps, fragments, overlap_steps, codec, rank } = *choice;
+        self.sync = SyncSection { inner_steps, fragments, overlap_steps, codec, ..self.sync };
+        if rank > 0 {
+            self.sync.rank = rank;
+        }
+        self.steps_per_round = (inner_steps / u64::from(fragments.max(1))).max(1);
+        self
     }
 
     /// Rounds for which sites keep what they have fetched, so that one that was away or slow can catch up from any of them: those
     /// that are open, and as many as fit the size of the parameters.
-    pub fn rounds_kept(&self, delta_bytes: u64, sites: usize) -> u64 {
+    pub fn rounds_kept(&self, plan: FragmentPlan, sites: usize) -> u64 {
+        let delta_bytes = self.delta_bytes(plan);
         let parameter_bytes = (self.schema.elements() * size_of::<f32>()) as u64;
         let fit = parameter_bytes / (delta_bytes * sites as u64).max(1);
-        lookahead(self.steps_per_round, self.sync.overlap_steps) + 2 + fit.min(ROUNDS_KEPT_MAX)
+        // A site does not know the adapted overlap: it is less than H, and so open rounds are no more than fragments.
+        let open = match self.sync.adaptive {
+            true => u64::from(plan.count),
+            false => lookahead(self.steps_per_round, self.sync.overlap_steps),
+        };
+        open + 2 + fit.min(ROUNDS_KEPT_MAX)
     }
 }
 
@@ -71,6 +96,15 @@ pub enum Event {
     Disconnected(SiteId, LeaveReason),
     /// A site's connection carries words: it is there.
     Heard(SiteId),
+    /// A site has measured the model's validation loss.
+    Evaluated {
+        /// Who.
+        site: SiteId,
+        /// After this round.
+        round: Round,
+        /// Mean loss, nats a token.
+        nats_per_token: f64,
+    },
     /// Time passed.
     Tick,
     /// Finish after the round in progress.
@@ -107,6 +141,15 @@ pub enum Record {
         round: Round,
         /// The hash.
         state_hash: ContentHash,
+    },
+    /// Rounds from this one on are of another kind.
+    SettingsChanged {
+        /// The first of them.
+        round: Round,
+        /// Their settings.
+        choice: Choice,
+        /// Why, for people.
+        reason: String,
     },
     /// No site holds a later round any more: its commits are void and their samples will be leased again.
     RolledBack {
@@ -216,6 +259,13 @@ pub enum Note {
     SharesMoved {
         /// Weight of each current site.
         weights: Vec<(SiteId, f64)>,
+    },
+    /// Rounds from this one on are of another kind.
+    SettingsChanged {
+        /// The first of them.
+        round: Round,
+        /// From what to what, and why.
+        change: Change,
     },
     /// See [`Record::RolledBack`].
     RolledBack {

@@ -10,23 +10,28 @@
 //! give it. A site that was late keeps its lease: its next delta that is merged holds what it had learnt, and its leases are committed
 //! with that. A site that leaves gives its leases back; what it had delivered to everybody still counts.
 //!
+//! Where settings are adaptive, rounds follow the links that sites measure on their traffic ([`tuning`]).
+//!
 //! It never touches a tensor: it compares hashes.
 
 mod grace;
 mod interface;
 mod open_round;
+mod tuning;
 
 pub use interface::{Command, Committed, Event, Lateness, Note, Record, Settings};
 
+use crate::adaptive::Choice;
 use crate::ledger::Ledger;
 use crate::plan::{Assignment, Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan};
-use crate::schedule::{self, fragment_of, lookahead};
+use crate::schedule::{self, Effects, fragment_of, lookahead};
 use crate::shares::{Speed, follow, portions};
 use base::config::SyncSection;
 use base::{ContentHash, Round, SiteId, Term};
 use grace::Grace;
 use open_round::{Delivery, OpenRound};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use tuning::Tuning;
 
 /// A round may take this many times its expected compute time, and `deadline_seconds` on top, before sites that have not
 /// delivered are dropped.
@@ -95,6 +100,10 @@ pub struct Coordinator {
     started_at: Round,
     stopping: bool,
     weights: BTreeMap<SiteId, f64>,
+    /// Where settings follow the links.
+    tuning: Option<Tuning>,
+    /// The first round of the schedule in use.
+    schedule_from: Round,
 }
 
 impl Coordinator {
@@ -107,7 +116,7 @@ impl Coordinator {
     ) -> (Self, Record) {
         let (initial, ledger) = (Commit::initial(), Ledger::default());
         let mut history = vec![Committed { commit: initial, ledger, state_hash: Some(initial_hash) }];
-        let mut term = Term(0);
+        let (mut term, mut settings, mut schedule_from) = (Term(0), settings, Round(1));
         for record in records {
             match record {
                 Record::TermStarted { term: started } => term = term.max(started),
@@ -117,11 +126,20 @@ impl Coordinator {
                         committed.state_hash = Some(state_hash);
                     }
                 }
+                // Ignored where somebody has turned it off since.
+                Record::SettingsChanged { round, choice, .. } if settings.sync.adaptive => {
+                    settings = settings.with(&choice);
+                    schedule_from = round;
+                }
+                Record::SettingsChanged { .. } => {}
                 Record::RolledBack { to } => history.retain(|committed| committed.commit.round <= to),
             }
         }
         let term = Term(term.0 + 1);
+        let tuning = settings.sync.adaptive.then(|| Tuning::new(&settings));
         let mut coordinator = Self {
+            tuning,
+            schedule_from,
             settings,
             term,
             history,
@@ -190,6 +208,7 @@ impl Coordinator {
                 self.hear(site, now);
                 return commands;
             }
+            Event::Evaluated { site, round, nats_per_token } => self.evaluated(site, round, nats_per_token),
             Event::Tick => self.enforce_deadline(now, &mut commands),
             Event::StopRequested => self.stopping = true,
         }
@@ -236,6 +255,7 @@ impl Coordinator {
             }
             Report::Applied { round, state_hash } => self.applied(site, round, state_hash, commands),
             Report::Leave { reason } => self.remove(site, reason, commands),
+            Report::Measured { round, measurement } => self.measured(site, round, &measurement, commands),
             Report::Device(device) => commands.push(Command::Note(Note::SiteDevice { site, device: device.clipped() })),
         }
     }
@@ -307,6 +327,9 @@ impl Coordinator {
         self.votes.values_mut().for_each(|votes| {
             votes.remove(&id);
         });
+        if let Some(tuning) = &mut self.tuning {
+            tuning.forget(id);
+        }
         commands.push(Command::Note(Note::SiteLeft { site: id, reason }));
         let others = self.current();
         let mut kept = Round(0);
@@ -356,8 +379,7 @@ impl Coordinator {
     }
 
     fn rounds_kept(&self) -> u64 {
-        let delta_bytes = self.settings.delta_bytes(self.last().commit.fragment);
-        self.settings.rounds_kept(delta_bytes, self.current().len())
+        self.settings.rounds_kept(self.last().commit.fragment, self.current().len())
     }
 
     /// Takes every step that has become possible.
@@ -527,6 +549,7 @@ impl Coordinator {
             }
         }
         self.name_stragglers(&open, contributors, now, commands);
+        self.tune(&open);
         let contributors = contributors.iter().map(|site| open.contributor(*site)).collect();
         let (cursor, samples) = (self.ledger.cursor(), self.ledger.totals().committed);
         let step = first_step + steps;
@@ -596,6 +619,10 @@ impl Coordinator {
             return false;
         }
         let round = last.next();
+        if !self.adapt(round, planned_steps, commands) {
+            return false;
+        }
+        let fragments = self.settings.sync.fragments;
         let steps = self.settings.steps_per_round.min(self.settings.steps_total - planned_steps);
         self.flushes = if steps == 0 { self.flushes + 1 } else { 0 };
         let plan = RoundPlan {
@@ -607,8 +634,9 @@ impl Coordinator {
                 index: fragment_of(round, fragments),
                 count: fragments,
                 codec: self.settings.sync.codec,
+                rank: Choice::of(&self.settings.sync).rank,
             },
-            effects: schedule::effects(round, self.settings.steps_per_round, self.settings.sync.overlap_steps),
+            effects: self.effects(round),
             assignments: self.assign((round, planned_steps, steps), &current, commands),
         };
         if plan.assignments.is_empty() {
@@ -616,6 +644,11 @@ impl Coordinator {
         }
         self.open_round(plan, &current, now, commands);
         true
+    }
+
+    fn effects(&self, round: Round) -> Effects {
+        let effects = schedule::effects(round, self.settings.steps_per_round, self.settings.sync.overlap_steps);
+        effects.since(self.schedule_from.min(round))
     }
 
     /// Divides the samples of a round of `steps` inner steps, the first of which is number `first_step` of the run.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Delivery {
     pub(super) contribution: Contribution,
-    /// Tokens that the site had trained on since it joined, when it took the snapshot.
+    /// Tokens that the site had trained on since it joined, when it took the snapshot; 0 where it has left since.
     pub(super) trained_tokens: u64,
     /// Those of them that no merged delta of this fragment holds yet.
     pub(super) weight: u64,
@@ -100,6 +100,10 @@ impl OpenRound {
                 held.remove(&site);
             });
         }
+        if let Some(delivery) = self.deliveries.get_mut(&site) {
+            // Should it come back, it begins to count anew.
+            delivery.trained_tokens = 0;
+        }
         self.holds.remove(&site);
         stays
     }
@@ -131,7 +135,7 @@ mod tests {
     use base::{ContentHash, Round, Term};
 
     fn round(sites: u32) -> OpenRound {
-        let fragment = FragmentPlan { index: 0, count: 1, codec: Codec::F32 };
+        let fragment = FragmentPlan { index: 0, count: 1, codec: Codec::F32, rank: 0 };
         let assign = |site| Assignment { site: SiteId(site), samples: 4, steps: 2, lease: Vec::new(), share: 0.5 };
         let assignments = (0..sites).map(assign).collect();
         let effects = effects(Round(1), 2, 0);
