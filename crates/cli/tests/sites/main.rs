@@ -7,6 +7,7 @@
     reason = "a test's helper may panic, and shows the logs of what failed"
 )]
 
+mod adaptive;
 mod faults;
 mod identical;
 mod links;

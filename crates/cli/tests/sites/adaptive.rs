@@ -1,0 +1,55 @@
+//! Settings that follow the links: over a thin one, sites change what they send, say why, and still hold one model.
+
+use crate::support::{Place, assert_identical_after_every_commit};
+use std::fs;
+use telemetry::Event;
+
+/// A tiny model that begins with uncoded deltas of some 100 kB in rounds of four steps. The last 80 of them are 2 to 8 steps for an
+/// exchange: no machine takes as long for them as 1 Mbit/s for a delta (0.8 s).
+const TINY: [&str; 15] = [
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.max_position_embeddings=32",
+    "data.sequence_length=32",
+    "train.batch_samples=8",
+    "train.micro_batch_samples=8",
+    "sync.strategy=streaming",
+    "sync.adaptive=true",
+    "sync.inner_steps=4",
+    "sync.overlap_steps=1",
+    "sync.codec=f32",
+    "evaluate.sample_tokens=0",
+];
+
+#[test]
+fn sites_on_a_thin_link_send_less_say_why_and_end_with_one_model() {
+    let place = Place::new();
+    let links = "default = \"100Mbit/s,2ms\"\n[links]\n\"site-a <-> site-b\" = \"1Mbit/s,2ms\"\n";
+    fs::write(place.join("links.toml"), links).unwrap();
+    let fixed = ["lab", "--sites", "2", "--rounds", "20", "--measure-seconds", "0.1", "--data", "texts", "--link"];
+    let arguments = fixed.into_iter().chain(["links.toml"]);
+    let settings = TINY.into_iter().flat_map(|setting| ["--set", setting]);
+    let report = place.object(&arguments.chain(settings).collect::<Vec<_>>());
+    assert_eq!(report["identical"], true, "{report}");
+
+    let (mut changes, mut sizes) = (Vec::new(), Vec::new());
+    for record in place.events("lab/run") {
+        match record.event {
+            Event::SettingsChanged { round, codec, reason, .. } => changes.push((round, codec, reason)),
+            Event::DeltaFetched { round, bytes, .. } => sizes.push((round, bytes)),
+            _ => {}
+        }
+    }
+    let (first_changed, codec, reason) = changes.first().expect("a change");
+    for words in ["Mbit/s from site-", ", 2 sites: H = 4, P = 1, tau = 1, f32 sends ", " kB in "] {
+        assert!(reason.contains(words), "'{words}' is not in: {reason}");
+    }
+    assert_ne!(codec, "f32", "{reason}");
+    let of = |is: &dyn Fn(base::Round) -> bool| sizes.iter().filter(|(round, _)| is(*round)).map(|(_, bytes)| *bytes).max();
+    let (before, after) = (of(&|round| round < *first_changed).unwrap(), of(&|round| round >= *first_changed).unwrap());
+    assert!(after * 4 < before, "{before} bytes before round {first_changed}, {after} after: {changes:?}");
+    assert_identical_after_every_commit(&place, "lab/run", &["lab/site-a", "lab/site-b"]);
+}
