@@ -18,6 +18,8 @@ pub(crate) struct Watch {
     view: RunView,
     position: Position,
     steps_per_round: u64,
+    /// The last round before the schedule in use, and the run's inner steps up to its end.
+    schedule_since: (u64, u64),
     began: Instant,
     last: Instant,
 }
@@ -37,6 +39,7 @@ impl Watch {
             view: RunView::default(),
             position: Position::default(),
             steps_per_round: per_round,
+            schedule_since: (0, 0),
             began: Instant::now(),
             last: Instant::now(),
         }
@@ -78,7 +81,13 @@ impl Watch {
             Event::RoundCommitted { round, seconds, .. } => {
                 self.eta.observe_step(seconds / self.steps_per_round as f64);
                 self.position.round = round.0;
-                self.moved(round.0 * self.steps_per_round);
+                self.moved(self.step_of(round.0));
+            }
+            Event::SettingsChanged { round, inner_steps, fragments, reason, .. } => {
+                let before = round.0.saturating_sub(1);
+                self.schedule_since = (before, self.step_of(before));
+                self.steps_per_round = (inner_steps / u64::from(*fragments).max(1)).max(1);
+                self.progress.say(&format!("from round {round} on: {reason}"));
             }
             Event::Evaluated { step, bits_per_byte, bigram_bits_per_byte, .. } => {
                 self.eta.observe_validation(self.last.elapsed().as_secs_f64());
@@ -101,10 +110,17 @@ impl Watch {
         }
     }
 
+    /// Inner steps of the run up to the end of a round.
+    fn step_of(&self, round: u64) -> u64 {
+        let (round_before, step_before) = self.schedule_since;
+        step_before + round.saturating_sub(round_before) * self.steps_per_round
+    }
+
     fn moved(&mut self, step: u64) {
         self.last = Instant::now();
         self.position.step = step;
-        self.position.round = step / self.steps_per_round;
+        let (round_before, step_before) = self.schedule_since;
+        self.position.round = round_before + step.saturating_sub(step_before) / self.steps_per_round;
         self.position.tokens_per_second = self.view.tokens_per_second().unwrap_or(0.0);
         self.progress.update(&self.position, self.eta.seconds_left(step), self.began.elapsed().as_secs_f64());
     }

@@ -4,8 +4,8 @@ use crate::support::{Place, assert_identical_after_every_commit};
 use std::fs;
 use telemetry::Event;
 
-/// A tiny model that begins with uncoded deltas of some 100 kB in rounds of four steps. The last 80 of them are 2 to 8 steps for an
-/// exchange: no machine takes as long for them as 1 Mbit/s for a delta (0.8 s).
+/// A tiny model that begins with uncoded deltas of some 80 kB in rounds of four steps. No machine takes as long for these as 500 kbit/s
+/// for a delta (1.3 s).
 const TINY: [&str; 15] = [
     "model.hidden_size=32",
     "model.intermediate_size=48",
@@ -27,7 +27,7 @@ const TINY: [&str; 15] = [
 #[test]
 fn sites_on_a_thin_link_send_less_say_why_and_end_with_one_model() {
     let place = Place::new();
-    let links = "default = \"100Mbit/s,2ms\"\n[links]\n\"site-a <-> site-b\" = \"1Mbit/s,2ms\"\n";
+    let links = "default = \"100Mbit/s,2ms\"\n[links]\n\"site-a <-> site-b\" = \"500kbit/s,2ms\"\n";
     fs::write(place.join("links.toml"), links).unwrap();
     let fixed = ["lab", "--sites", "2", "--rounds", "20", "--measure-seconds", "0.1", "--data", "texts", "--link"];
     let arguments = fixed.into_iter().chain(["links.toml"]);
@@ -48,7 +48,8 @@ fn sites_on_a_thin_link_send_less_say_why_and_end_with_one_model() {
         assert!(reason.contains(words), "'{words}' is not in: {reason}");
     }
     assert_ne!(codec, "f32", "{reason}");
-    let of = |is: &dyn Fn(base::Round) -> bool| sizes.iter().filter(|(round, _)| is(*round)).map(|(_, bytes)| *bytes).max();
+    let of =
+        |is: &dyn Fn(base::Round) -> bool| sizes.iter().filter(|(round, _)| is(*round)).map(|(_, bytes)| *bytes).max();
     let (before, after) = (of(&|round| round < *first_changed).unwrap(), of(&|round| round >= *first_changed).unwrap());
     assert!(after * 4 < before, "{before} bytes before round {first_changed}, {after} after: {changes:?}");
     assert_identical_after_every_commit(&place, "lab/run", &["lab/site-a", "lab/site-b"]);
