@@ -111,6 +111,8 @@ pub struct Merger {
     memories: BTreeMap<u32, (FragmentPlan, EncoderMemory)>,
     /// See [`Merger::lost_part`].
     lost_part: f64,
+    /// Memory for what is merged: new memory of that size would be cleared by the system first.
+    scratch: Vec<f32>,
 }
 
 impl Merger {
@@ -128,6 +130,7 @@ impl Merger {
             in_flight,
             memories: BTreeMap::new(),
             lost_part: 0.0,
+            scratch: Vec::new(),
         }
     }
 
@@ -231,7 +234,8 @@ impl Merger {
     pub fn merge(&mut self, commit: &Commit, deltas: &[Bytes]) -> Result<Merged, formats::DecodeError> {
         let fragment = self.fragments.of(commit.fragment);
         let codec = self.fragments.codec(commit.fragment);
-        let mut merged = vec![0.0; fragment.elements()];
+        let mut merged = std::mem::take(&mut self.scratch);
+        merged.resize(fragment.elements(), 0.0);
         let contributions: Vec<(u64, &[u8])> = commit
             .contributors
             .iter()
@@ -251,6 +255,7 @@ impl Merger {
             Some(mut change) => {
                 let alpha = self.sync.mixing as f32;
                 visit(&fragment, &state.parameters, &mut change, |global, before| *before = alpha * (global - *before));
+                self.scratch = merged;
                 LocalChange::Add { change, counts_from_snapshot }
             }
             None => {
