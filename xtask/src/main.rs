@@ -9,12 +9,14 @@
 mod arrows;
 mod bench_curves;
 mod bench_diloco;
+mod bench_emulated;
 mod bench_engine;
 #[cfg(target_os = "linux")]
 mod bench_link;
 mod bench_mixed;
 mod chart;
 mod finding;
+mod namespaces;
 mod purity;
 mod runs;
 mod tidy;
@@ -61,6 +63,8 @@ enum Bench {
     Link(bench_link::Options),
     /// Validation loss of sites of unlike engines against sites of one engine
     Curves(Box<bench_curves::Options>),
+    /// Gbit/s that models of 1B to 100B need for 50 to 99 % utilisation, with steps that sleep, beside a published table. Needs root
+    Emulated(Box<bench_emulated::Options>),
     /// Beringia beside PyTorch DDP, torchft and hivemind over a thin link: speed, bytes, loss. Needs root
     Wan(Box<wan::Options>),
 }
@@ -76,6 +80,9 @@ fn main() -> ExitCode {
         #[cfg(target_os = "linux")]
         Task::Bench(Bench::Link(options)) => bench_link::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Curves(options)) => bench_curves::run(&options).map_err(|error| (error.to_string(), None)),
+        Task::Bench(Bench::Emulated(options)) => {
+            bench_emulated::run(&options).map_err(|error| (error.to_string(), None))
+        }
         Task::Bench(Bench::Wan(options)) => wan::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Diloco(options)) => bench_diloco::run(&options).map_err(|error| (error.to_string(), None)),
     };

@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use base::{NamedTensors, RunConfig};
-use engine::{Engine, EngineError, PrecisionChoice};
+use engine::{EMULATED, EmulatedEngine, Engine, EngineError, Precision, PrecisionChoice, emulated_seconds};
 use engine_burn::BurnEngine;
 use engine_torch::{Compile, ModelDescription, Start, TorchEngine, TorchOptions};
 use site::HangBounds;
@@ -44,7 +44,7 @@ const RANKS_MAX: i64 = 128;
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct EngineArgs {
     /// What computes: flex (any CPU), wgpu[:N] (any GPU), cuda[:N], or torch:DEVICE (cpu, cuda, npu, musa, mlu, xpu, mps);
-    /// `beringia devices` lists what is here.
+    /// `beringia devices` lists what is here. emulated:SECONDS learns nothing: its steps sleep, for benches of links.
     #[arg(long, default_value = KINDS[0])]
     pub(crate) engine: String,
     /// What matrix products are computed in: f32, bf16, or auto: bf16 where the device multiplies it natively.
@@ -107,6 +107,10 @@ impl EngineArgs {
             let model = model_description(config)?;
             return Ok(Box::new(TorchEngine::new(&model, &config.train, &options, parameters)?));
         }
+        if let Some(seconds) = emulated_seconds(&self.engine)? {
+            self.refuse_emulated_precision()?;
+            return Ok(Box::new(EmulatedEngine::new(seconds, &config.model, config.schema(), parameters)?));
+        }
         if config.transformers.is_some() {
             let reason = "it computes Llamas only; `--engine torch:cpu` trains what transformers builds".to_owned();
             return Err(EngineError::Device { device: self.engine.clone(), reason });
@@ -115,11 +119,33 @@ impl EngineArgs {
         Ok(Box::new(engine))
     }
 
+    /// Bytes of a delta do not depend on the precision of matrix products, so that there is nothing to emulate.
+    fn refuse_emulated_precision(&self) -> Result<(), EngineError> {
+        match self.precision {
+            PrecisionChoice::Fixed(Precision::Bf16) => {
+                let reason = "it is an emulation, which multiplies nothing in bf16".to_owned();
+                Err(EngineError::Device { device: self.engine.clone(), reason })
+            }
+            PrecisionChoice::Auto | PrecisionChoice::Fixed(Precision::F32) => Ok(()),
+        }
+    }
+
+    /// What a user must know of a run on this engine before anything else, and what to do about it.
+    pub(crate) fn warning(&self) -> Option<(String, String)> {
+        let (kind, _) = self.engine.split_once(':')?;
+        (kind == EMULATED).then(|| {
+            let message =
+                format!("engine '{}' is an emulation: its steps sleep and the model learns nothing", self.engine);
+            (message, format!("use `--engine {}` to train", KINDS[0]))
+        })
+    }
+
     /// How long calls of this engine may take. One that compiles kernels for its device takes minutes for the first step of
     /// each shape; on the CPU nothing is compiled.
     pub(crate) fn hang_bounds(&self) -> HangBounds {
         let compile_seconds_max = match self.engine.as_str() {
             "flex" => 0.0,
+            _ if self.warning().is_some() => 0.0,
             "torch:cpu" if self.torch_compile != Compile::On => 0.0,
             _ => COMPILE_SECONDS_MAX,
         };
@@ -160,6 +186,9 @@ pub(crate) fn check_kind(spec: &str) -> Result<(), Failure> {
         return Err(Failure::new(message, "write it behind the colon: `--engine torch:cpu`"));
     }
     if KINDS.contains(&kind) {
+        return Ok(());
+    }
+    if emulated_seconds(spec)?.is_some() {
         return Ok(());
     }
     let message = format!("there is no engine '{spec}' in this build; it has: {}", KINDS.join(", "));

@@ -7,10 +7,12 @@
 pub mod checks;
 pub mod conformance;
 mod device;
+mod emulated;
 mod initial;
 pub mod numerics;
 
 pub use device::{DeviceInfo, DeviceRates, DeviceReport, Precision, PrecisionChoice};
+pub use emulated::{EMULATED, EmulatedEngine, STEP_SECONDS, emulated_seconds};
 pub use initial::initial_parameters;
 
 use base::{Fragment, Hint, NamedTensors, ParameterSchema, TokenBatch};

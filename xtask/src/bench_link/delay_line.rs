@@ -4,7 +4,7 @@
 //! `virtio_net_hdr` (TCP segmentation is put off until the far end), so that 1 Gbit/s costs 2,000 reads and writes a second
 //! instead of 83,000. The line has no rate and drops nothing before [`HELD_BYTES_MAX`]: rate and losses come from `tc`.
 
-use super::namespaces::inside;
+use super::link::inside;
 use crate::runs::Failure;
 use std::collections::VecDeque;
 use std::fs::File;

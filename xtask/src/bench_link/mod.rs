@@ -5,10 +5,10 @@
 //! the growth of windows included. The result is the quotient of the medians. Needs root, `ip`, `tc` and `iperf3`.
 
 mod delay_line;
-mod namespaces;
+mod link;
 
 use crate::runs::{Failure, json_of, median};
-use namespaces::{FAR, Link, Shape, inside};
+use link::{FAR, Link, Shape, inside};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;

@@ -1,10 +1,9 @@
 //! Two network namespaces with a link between them that has a rate and a delay. Needs root.
 //!
 //! Without a delay the link is a veth pair, each end shaped by `tc tbf` (netem is not in every kernel); with one it is a TUN pair
-//! joined by `tunlink` of the peers' folder, which shapes and delays in user space. Namespaces have names of this process,
-//! and a guard process removes them with all that runs in them when this one ends, however it ends: it waits for its
-//! standard input to close.
+//! joined by `tunlink` of the peers' folder, which shapes and delays in user space.
 
+use crate::namespaces::{Namespaces, Tbf, run};
 use crate::runs::Failure;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -20,7 +19,7 @@ const INTERFACE: &str = "w0";
 /// Addresses of the two sites, as the peers' scripts expect them.
 pub(crate) const ADDRESSES: [&str; 2] = ["10.77.0.1", "10.77.0.2"];
 /// Bucket of `tbf`: at 100 Mbit/s 5 ms.
-const BURST: &str = "64kb";
+const BURST_BYTES: u64 = 64 * 1024;
 /// Longest queue of `tbf` and of `tunlink`, milliseconds.
 const QUEUE_MS: u32 = 100;
 /// Rate of a delayed link without a limit, Mbit/s: more than `tunlink` passes on one core.
@@ -114,9 +113,8 @@ pub(crate) fn compile_tunlink(peers: &Path, folder: &Path) -> Result<PathBuf, Fa
 
 /// Two joined namespaces, until dropped.
 pub(crate) struct Link {
-    names: [String; 2],
+    namespaces: Namespaces,
     tunlink: Option<Child>,
-    guard: Child,
 }
 
 impl Link {
@@ -125,30 +123,18 @@ impl Link {
     /// # Errors
     /// Not root, or no `ip` or `tc`.
     pub(crate) fn up(kind: LinkKind, tunlink: Option<&Path>, serial: u64) -> Result<Self, Failure> {
-        let names = ["a", "b"].map(|site| format!("wan{}n{serial}{site}", std::process::id()));
-        let guard = guard(&names)?;
-        let mut link = Self { names, tunlink: None, guard };
-        for name in &link.names {
-            run(Command::new("ip").args(["netns", "add", name])).map_err(|error| {
-                format!("{error}\nhint: network namespaces need root, and the packages iproute2 and iperf3")
-            })?;
-            ip(name, "link set lo up")?;
-        }
-        let [first, second] = link.names.clone();
+        let mut link = Self { namespaces: Namespaces::make(&format!("wan{serial}n"), &["a", "b"])?, tunlink: None };
+        let namespaces = &link.namespaces;
         if kind.round_trip_ms == 0 {
-            let pair = ["link", "add", INTERFACE, "netns", &first, "type", "veth", "peer", "name", INTERFACE];
-            run(Command::new("ip").args(pair).args(["netns", &second]))?;
+            namespaces.join(0, 1, INTERFACE)?;
         } else {
             let program = tunlink.ok_or("a link with a delay needs --peers FOLDER")?;
-            link.tunlink = Some(start_tunlink(program, kind, &first, &second)?);
+            link.tunlink = Some(start_tunlink(program, kind, namespaces.name(0), namespaces.name(1))?);
         }
-        for (name, address) in link.names.iter().zip(ADDRESSES) {
-            ip(name, &format!("addr add {address}/24 dev {INTERFACE}"))?;
-            ip(name, &format!("link set {INTERFACE} up"))?;
+        for (site, address) in ADDRESSES.iter().enumerate() {
+            namespaces.address(site, INTERFACE, &format!("{address}/24"))?;
             if let (Some(mbit), 0) = (kind.mbit, kind.round_trip_ms) {
-                let shape =
-                    format!("qdisc add dev {INTERFACE} root tbf rate {mbit}mbit burst {BURST} latency {QUEUE_MS}ms");
-                run(Command::new("tc").args(["-n", name]).args(shape.split(' ')))?;
+                namespaces.shape(site, INTERFACE, tbf(mbit))?;
             }
         }
         Ok(link)
@@ -172,9 +158,7 @@ impl Link {
     }
 
     fn inside(&self, site: usize) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.names[site]]);
-        command
+        self.namespaces.inside(site)
     }
 
     /// Writes a line `unix-seconds bytes-sent` into `file` every [`READING_SECONDS`], until the link goes.
@@ -226,18 +210,20 @@ impl Link {
 
     /// Ends all that runs in the namespaces.
     pub(crate) fn kill_all(&self) {
-        for name in &self.names {
-            let script = format!("for p in $(ip netns pids {name}); do kill -9 $p; done");
-            // What has just ended by itself cannot be killed, which is as well.
-            let _ = Command::new("sh").args(["-c", &script]).stderr(Stdio::null()).status();
-        }
+        self.namespaces.kill_all();
     }
+}
+
+/// A queue of [`QUEUE_MS`] beside the bucket.
+fn tbf(mbit: u32) -> Tbf {
+    let bits_per_second = u64::from(mbit) * 1_000_000;
+    let limit_bytes = bits_per_second / 8 * u64::from(QUEUE_MS) / 1_000 + BURST_BYTES;
+    Tbf { bits_per_second, burst_bytes: BURST_BYTES, limit_bytes }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        drop(self.guard.stdin.take());
-        let _ = self.guard.wait();
+        self.kill_all();
         if let Some(tunlink) = &mut self.tunlink {
             let _ = tunlink.kill();
             let _ = tunlink.wait();
@@ -263,15 +249,6 @@ impl Drop for Readings {
     }
 }
 
-/// Waits in a process of its own for this one's end, then removes the namespaces and what runs in them.
-fn guard(names: &[String; 2]) -> Result<Child, Failure> {
-    let script = "trap '' INT TERM HUP; read -r _; for n in \"$@\"; do \
-                  for p in $(ip netns pids \"$n\"); do kill -9 \"$p\"; done; ip netns del \"$n\"; done";
-    let mut command = Command::new("sh");
-    command.args(["-c", script, "sh"]).args(names).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    Ok(command.spawn()?)
-}
-
 fn start_tunlink(program: &Path, kind: LinkKind, first: &str, second: &str) -> Result<Child, Failure> {
     let mbit = kind.mbit.unwrap_or(UNLIMITED_MBIT).to_string();
     let one_way_ms = (f64::from(kind.round_trip_ms) / 2.0).to_string();
@@ -287,19 +264,6 @@ fn start_tunlink(program: &Path, kind: LinkKind, first: &str, second: &str) -> R
         }
     }
     Err("tunlink made no interface\nhint: it needs /dev/net/tun".into())
-}
-
-fn ip(namespace: &str, words: &str) -> Result<(), Failure> {
-    run(Command::new("ip").args(["-n", namespace]).args(words.split(' ')))
-}
-
-fn run(command: &mut Command) -> Result<(), Failure> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let output = command.stdin(Stdio::null()).output().map_err(|error| format!("{program}: {error}"))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim()).into()),
-    }
 }
 
 /// Received bits a second, and the least round trip in milliseconds.

@@ -16,7 +16,7 @@ mod figures;
 mod link;
 mod peers;
 mod picture;
-mod processes;
+pub(crate) mod processes;
 mod results;
 mod series;
 mod systems;

@@ -61,7 +61,10 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     })?;
     args.engine.use_threads()?;
     let log = EventLog::open(&folder.join(EVENTS_FILE), &args.name, Box::new(system_unix_ms))?;
-    let reporter = Reporter::new(log, lines(output.is_json()));
+    let mut reporter = Reporter::new(log, lines(output.is_json()));
+    if let Some((message, hint)) = args.engine.warning() {
+        reporter.warn(message, Some(hint));
+    }
     output.line(format_args!("site '{}' joins run '{}' at {}", args.name, invite.run(), invite.address()));
     let mut hang = args.engine.hang_bounds();
     if let Some(seconds) = args.hang_seconds {

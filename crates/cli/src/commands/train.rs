@@ -33,6 +33,9 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let stop = stop_flag(&runtime);
     let log = EventLog::open(&folder.events(), "train", Box::new(system_unix_ms))?;
     let mut reporter = Reporter::new(log, Watch::new(output, &config).watcher());
+    if let Some((message, hint)) = args.engine.warning() {
+        reporter.warn(message, Some(hint));
+    }
     let (state, skipped) = folder.newest(&config)?;
     for skipped in skipped {
         let path = skipped.path.display().to_string();

@@ -8,6 +8,7 @@
 )]
 
 mod adaptive;
+mod emulated;
 mod faults;
 mod identical;
 mod links;

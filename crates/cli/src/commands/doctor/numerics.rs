@@ -73,6 +73,9 @@ pub(super) fn expected() -> Vec<(&'static str, usize)> {
 /// # Errors
 /// There is no such engine, or it does not compute in that precision.
 pub(super) fn compute(args: &EngineArgs) -> Result<Results, Failure> {
+    if let Some((message, hint)) = args.warning() {
+        return Err(Failure::new(message, hint));
+    }
     let mut engine = tiny_engine(args)?;
     let device = engine.device();
     if let PrecisionChoice::Fixed(wanted) = args.precision
