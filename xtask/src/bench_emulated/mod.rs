@@ -4,7 +4,7 @@
 //! sleeps instead of computing (`--engine emulated:SECONDS`). Parameters and seconds are scaled down by stated factors and the
 //! link's rate by their quotient (`work`), so that the traffic of a step over what the link carries in a step is the model's own. For each
 //! row the rates of the published table are searched (`search`) for the least that gives 50 to 99 % utilisation: steps a second over
-//! those of the same site alone.
+//! those of an engine alone, whose steps take exactly the seconds that were stated.
 //!
 //! What is not scaled down: messages, headers, and the machine's own work on a round. They count against Beringia.
 
@@ -57,8 +57,6 @@ struct Measured {
     parameters: u64,
     /// s, as the engine sleeps.
     step_seconds: f64,
-    /// Steps a second of a site alone.
-    alone_steps_per_second: f64,
     /// Of a delta, for each parameter of the fragment.
     bits_per_parameter: f64,
     /// Rounds after which both sites held the same state; they never differed.
@@ -140,7 +138,6 @@ fn measure(place: &Place<'_>, row: Row) -> Result<Measured, Failure> {
         settings: row.settings(),
         parameters: session.parameters,
         step_seconds: row.method.step_seconds,
-        alone_steps_per_second: session.alone_steps_per_second,
         bits_per_parameter: session.bits_per_parameter(),
         rounds_identical: session.check_agreement()?,
         points: search.points,
@@ -171,7 +168,7 @@ fn object(row: Row, found: &Measured) -> Value {
         "model": found.model, "method": found.method, "published_method": row.method.published,
         "parameter_factor": row.parameter_factor(found.parameters), "time_factor": row.time_factor(),
         "parameters": found.parameters, "step_seconds": found.step_seconds,
-        "alone_steps_per_second": found.alone_steps_per_second, "bits_per_parameter": found.bits_per_parameter,
+        "bits_per_parameter": found.bits_per_parameter,
         "rounds_identical": found.rounds_identical, "settings": found.settings,
         "columns": columns.collect::<Vec<_>>(), "points": points.collect::<Vec<_>>(),
     })
@@ -223,7 +220,6 @@ mod tests {
             settings: row.settings(),
             parameters: 2_500_000,
             step_seconds: row.method.step_seconds,
-            alone_steps_per_second: 20.0,
             bits_per_parameter: 4.25,
             rounds_identical: 70,
             points: [(7, 0.45), (8, 0.52)].into(),
@@ -239,7 +235,7 @@ mod tests {
         let wanted =
             "| 4.25 | 0.3 / 0.4 (0.64) | 1.0 / 0.9 (1.06) | 1.2 / 1.7 (0.68) | 6.3 / 2 (3.13)* | > 1000 / 3* |";
         assert!(text.contains(wanted), "{text}");
-        assert!(text.contains("F = 400, T = 2.00; identical after all of 70 rounds"), "{text}");
+        assert!(text.contains("F = 400, T = 1.00; identical after all of 70 rounds"), "{text}");
         let object = object(row, &found);
         assert_eq!((&object["columns"][4]["gigabits"], &object["parameter_factor"]), (&Value::Null, &400.0.into()));
         let line = serde_json::to_string(&found).unwrap();
