@@ -18,6 +18,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("checkpoint", 2),
     ("data", 2),
     ("telemetry", 2),
+    ("objects", 2),
     ("engine", 3),
     ("engine-burn", 3),
     ("engine-torch", 3),
