@@ -448,12 +448,8 @@ impl Shell {
                 site
             }
         };
-        let host = match hello.advertised_host.as_str() {
-            "" => connection.address().ip().to_string(),
-            host => host.to_owned(),
-        };
-        let bracketed = if host.contains(':') { format!("[{host}]") } else { host };
-        let peer = Peer { site, name: hello.name, address: format!("{bracketed}:{}", hello.port), fingerprint };
+        let address = site_address(&hello, connection.address());
+        let peer = Peer { site, name: hello.name, address, fingerprint };
         self.connect(&peer, connection);
         self.emit(Event::SiteJoined {
             site,
@@ -664,6 +660,17 @@ impl Shell {
         });
         summary
     }
+}
+
+/// Where others dial a site that came from `seen`; empty where they cannot.
+fn site_address(hello: &SiteHello, seen: SocketAddr) -> String {
+    let host = match hello.advertised_host.as_str() {
+        _ if hello.port == 0 => return String::new(),
+        "" => seen.ip().to_string(),
+        host => host.to_owned(),
+    };
+    let bracketed = if host.contains(':') { format!("[{host}]") } else { host };
+    format!("{bracketed}:{}", hello.port)
 }
 
 fn describe_lateness(reason: Lateness) -> &'static str {

@@ -193,7 +193,7 @@ impl Hint for GetError {
     fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Patience { failure: None, .. } => {
-                "look at the log of the site that should have left it, and that both name the same --store".to_owned()
+                "look at the log of the site that should have left it, and that both name the same --objects".to_owned()
             }
             Self::Patience { .. } | Self::Failed { .. } => HINT_REACH.to_owned(),
             Self::Length { .. } | Self::Hash { .. } => {

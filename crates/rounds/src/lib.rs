@@ -15,6 +15,7 @@ pub mod member;
 pub mod merge;
 pub mod outer;
 pub mod plan;
+pub mod routes;
 pub mod schedule;
 pub mod shares;
 pub mod stall;
@@ -29,3 +30,4 @@ pub use plan::{
     Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, LinkReport, Measurement, Peer,
     Report, RoundPlan, SiteDevice,
 };
+pub use routes::{OpenRoutes, Route, RouteChoice, RouteReason, Routes};

@@ -14,10 +14,17 @@ pub struct Peer {
     pub site: SiteId,
     /// Its name, for people.
     pub name: String,
-    /// `host:port` where it serves its deltas and state.
+    /// `host:port` where it serves its deltas and state; empty where it cannot be dialled.
     pub address: String,
     /// BLAKE3 of its certificate.
     pub fingerprint: ContentHash,
+}
+
+impl Peer {
+    /// Whether others can fetch from it.
+    pub fn can_be_dialled(&self) -> bool {
+        !self.address.is_empty()
+    }
 }
 
 /// One site's work in a round.

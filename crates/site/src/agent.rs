@@ -3,18 +3,20 @@
 //! A loop over what can happen (a directive, a result of the engine, a fetched delta, a visitor, a signal) feeds the
 //! pure [`Member`] and does what it says. Nothing in the loop waits: the engine has its own thread, transfers are tasks.
 
-use crate::exchange::Shelf;
 use crate::folder::{FolderError, RunFolder};
 use crate::host::{self, HostJob};
 use crate::join::{JoinError, conversation, fetch_run, greet};
 use crate::merger::{Fragments, Merged, Merger};
+use crate::shelf::Shelf;
 use crate::state::{SharedState, TrainingState};
 use crate::trainer::{TrainError, Trainer};
+use crate::transit::{AGAIN, BULK_STREAMS, Transit, Wanted};
 use crate::watchdog::{Call, EngineWatch, Hang, HangBounds};
 use crate::worker::{Done, Job, Local, Worker};
 use base::{ContentHash, Hint, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use engine::{DeviceInfo, Engine, EngineError, Interrupter};
+use objects::{ObjectStore, OpenError};
 use rounds::plan::LINK_REPORTS_MAX;
 use rounds::{
     Commit, Contributor, Directive, FragmentPlan, LeaveReason, LinkReport, Measurement, Member, MemberCommand,
@@ -54,12 +56,6 @@ const START_TIME_MAX: Duration = Duration::from_secs(600);
 /// Words to a coordinator from a site that ends with an error take no longer.
 const FAREWELL_TIME_MAX: Duration = Duration::from_secs(5);
 
-/// Pause before a delta or a state that could not be fetched is asked for again.
-const FETCH_AGAIN: Duration = Duration::from_secs(1);
-
-/// Streams for one delta or state.
-const BULK_STREAMS: usize = 8;
-
 /// Connections over which others fetch from this site: the streams of 250 sites.
 const VISITORS_MAX: usize = 1_000;
 
@@ -75,8 +71,11 @@ pub struct JoinOptions {
     pub folder: RunFolder,
     /// For people.
     pub name: String,
-    /// Where to listen for the other sites; port 0 takes any.
-    pub listen: SocketAddr,
+    /// Where to listen for the other sites; port 0 takes any. `None` where they cannot dial this one: then they must find its deltas
+    /// in an object store.
+    pub listen: Option<SocketAddr>,
+    /// URL of the object store that deltas are left in as well. Its credentials are in the environment.
+    pub objects: Option<String>,
     /// Host under which the other sites reach this one; empty: as the coordinator sees it.
     pub advertised_host: String,
     /// What every connection to the coordinator and to other sites is dialled through.
@@ -127,6 +126,9 @@ pub enum AgentError {
     /// The port for the other sites.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The object store.
+    #[error(transparent)]
+    Objects(#[from] OpenError),
     /// What is in the folder.
     #[error(transparent)]
     Folder(#[from] FolderError),
@@ -159,6 +161,7 @@ impl Hint for AgentError {
             Self::Join(error) => error.hint(),
             Self::Identity(error) => error.hint(),
             Self::Listen(error) => error.hint(),
+            Self::Objects(error) => error.hint(),
             Self::Folder(error) => error.hint(),
             Self::Train(error) => error.hint(),
             Self::Dropped(_) => {
@@ -222,11 +225,15 @@ pub async fn join(
         .map_err(|source| JoinError::Write { path: options.folder.root().to_owned(), source })?;
     let identity = Identity::load_or_create(options.folder.root())?;
     let traffic = Traffic::new();
-    let listener = Listener::bind(options.listen, &identity, &traffic).await?;
+    let store = options.objects.as_ref().map(|url| ObjectStore::open(url, options.invite.run())).transpose()?;
+    let listener = match options.listen {
+        Some(address) => Some(Listener::bind(address, &identity, &traffic).await?),
+        None => None,
+    };
     let hello = SiteHello {
         name: options.name.clone(),
         advertised_host: options.advertised_host.clone(),
-        port: listener.address().port(),
+        port: listener.as_ref().map_or(0, |listener| listener.address().port()),
         engine: options.engine.clone(),
         threads: options.threads as u64,
         slowdown: options.slowdown,
@@ -254,7 +261,7 @@ pub async fn join(
     };
     let (worker, host_jobs) = prepared.map_err(|_| AgentError::Internal)??;
     let first = welcome.site == SiteId(0) && worker.saved.commit.round == Round(0);
-    let agent = Agent::new((worker, host_jobs), config, client, sender, traffic, reporter, &options);
+    let agent = Agent::new((worker, host_jobs), config, (client, store), sender, traffic, reporter, &options);
     agent.job(Job::Prepare {
         samples_per_step: agent.config.train.batch_samples.div_ceil(agent.config.sync.sites as usize) as u64,
         seconds: options.measure_seconds,
@@ -352,6 +359,11 @@ enum Fetched {
     StateFailed { reason: String },
 }
 
+/// Who comes next to a site that can be dialled.
+async fn next_visit(listener: &mut Option<Listener>) -> Option<ListenerEvent> {
+    listener.as_mut()?.next().await
+}
+
 /// What the loop knows of the engine in the other thread.
 struct EngineHandle {
     device: SiteDevice,
@@ -386,6 +398,7 @@ struct Agent {
     site: SiteId,
     held: (Round, ContentHash),
     shelf: Arc<Shelf>,
+    transit: Arc<Transit>,
     jobs: std::sync::mpsc::Sender<Job>,
     host: std::sync::mpsc::Sender<HostJob>,
     done: mpsc::Receiver<Done>,
@@ -402,6 +415,8 @@ struct Agent {
     /// Deltas that are on their way here.
     fetching: BTreeMap<(Round, SiteId), AbortHandle>,
     visitors: JoinSet<()>,
+    /// What is put into the object store or removed from it.
+    errands: JoinSet<()>,
     settings: Settings,
     fragments: Fragments,
     state_bytes: u64,
@@ -418,7 +433,7 @@ impl Agent {
     fn new(
         (mut worker, host_jobs): (Worker, HostJobs),
         config: RunConfig,
-        client: BlobClient,
+        (client, store): (BlobClient, Option<ObjectStore>),
         sender: Sender,
         traffic: Traffic,
         reporter: Arc<Mutex<Reporter>>,
@@ -441,13 +456,16 @@ impl Agent {
             thread.spawn(move || host::run(merger, &host_jobs, |done| host_done.blocking_send(done).is_ok()));
         let thread = std::thread::Builder::new().name(format!("engine {}", options.engine));
         let _running = thread.spawn(move || worker.run(&job_queue, |done| done_in.blocking_send(done).is_ok()));
+        let shelf = Arc::new(Shelf::new(site, state));
+        let transit = Transit::new(site, client.clone(), Arc::clone(&shelf), store, Arc::clone(&reporter));
         Self {
             engine,
             config,
             member: None,
             site,
             held: (saved.commit.round, saved.state_hash),
-            shelf: Arc::new(Shelf::new(site, state)),
+            shelf,
+            transit: Arc::new(transit),
             jobs,
             host,
             done,
@@ -461,6 +479,7 @@ impl Agent {
             transfers: JoinSet::new(),
             fetching: BTreeMap::new(),
             visitors: JoinSet::new(),
+            errands: JoinSet::new(),
             settings,
             fragments,
             state_bytes,
@@ -484,7 +503,7 @@ impl Agent {
 
     async fn run(
         mut self,
-        mut listener: Listener,
+        mut listener: Option<Listener>,
         mut directives: mpsc::Receiver<Received>,
         mut stop: Pin<&mut (impl Future<Output = ()> + Send)>,
     ) -> Result<Outcome, AgentError> {
@@ -514,8 +533,9 @@ impl Agent {
                         self.fetched(fetched).await?;
                     }
                 }
-                Some(event) = listener.next() => self.visited(event),
+                Some(event) = next_visit(&mut listener) => self.visited(event),
                 Some(_) = self.visitors.join_next() => {}
+                Some(_) = self.errands.join_next() => {}
                 _ = watch.tick() => {
                     if let Some(hang) = self.engine.watch.overdue(self.engine.bounds) {
                         return Err(self.give_up(hang).await);
@@ -664,44 +684,21 @@ impl Agent {
             transfer.1.abort();
         }
         let kept = self.settings.rounds_kept(fragment, self.shelf.sites());
-        self.shelf.forget_before(Round(round.0.saturating_sub(kept)));
+        let oldest = Round(round.0.saturating_sub(kept));
+        self.shelf.forget_before(oldest);
+        if self.transit.advance(round, oldest) {
+            self.errands.spawn(Arc::clone(&self.transit).remove_before(oldest));
+        }
     }
 
     fn fetch_delta(&mut self, round: Round, fragment: FragmentPlan, contributor: Contributor) {
-        let key = BlobKey::Delta { round, fragment: fragment.index, site: contributor.site };
         let codec = self.fragments.codec(fragment);
-        let bytes_max = codec.encoded_bytes() as u64;
-        let (client, shelf) = (self.client.clone(), Arc::clone(&self.shelf));
-        let (reporter, site) = (Arc::clone(&self.reporter), self.site);
+        let wanted = Wanted { round, fragment: fragment.index, contributor, codec };
+        let transit = Arc::clone(&self.transit);
         let fetch = async move {
             let began = Instant::now();
-            let mut holders = shelf.holders(&[contributor.site]);
-            loop {
-                let request = BlobRequest {
-                    key: key.clone(),
-                    bytes: contributor.delta_bytes,
-                    bytes_max,
-                    hash: contributor.delta_hash,
-                    holders,
-                    streams: BULK_STREAMS,
-                };
-                let problem = match client.fetch(&request).await {
-                    Ok(bytes) => match codec.check(&bytes) {
-                        Ok(()) => {
-                            let seconds = began.elapsed().as_secs_f64();
-                            return Fetched::Delta { round, fragment, contributor, bytes: bytes.into(), seconds };
-                        }
-                        Err(error) => error.to_string(),
-                    },
-                    Err(error) => error.to_string(),
-                };
-                let message = format!("the delta of site {}, round {round}: {problem}", contributor.site);
-                let hint = "see that the sites reach each other: their addresses are in `beringia status`".to_owned();
-                reporter.lock().unwrap_or_else(PoisonError::into_inner).warn(message, Some(hint));
-                tokio::time::sleep(FETCH_AGAIN).await;
-                // Whoever holds it gives the same bytes.
-                holders = shelf.holders_but(site);
-            }
+            let bytes = transit.fetch(&wanted).await;
+            Fetched::Delta { round, fragment, contributor, bytes, seconds: began.elapsed().as_secs_f64() }
         };
         let transfer = self.transfers.spawn(fetch);
         self.fetching.insert((round, contributor.site), transfer);
@@ -718,11 +715,15 @@ impl Agent {
         };
         let client = self.client.clone();
         self.transfers.spawn(async move {
-            match client.fetch(&request).await {
+            let fetched = match request.holders.is_empty() {
+                true => Err("no site that holds it can be dialled".to_owned()),
+                false => client.fetch(&request).await.map_err(|error| error.to_string()),
+            };
+            match fetched {
                 Ok(bytes) => Fetched::State { commit, bytes },
-                Err(error) => {
-                    tokio::time::sleep(FETCH_AGAIN).await;
-                    Fetched::StateFailed { reason: error.to_string() }
+                Err(reason) => {
+                    tokio::time::sleep(AGAIN).await;
+                    Fetched::StateFailed { reason }
                 }
             }
         });
@@ -768,6 +769,7 @@ impl Agent {
             Done::Encoded { round, fragment, delta, contribution, measurement, .. } => {
                 self.tell_measurement(round, measurement).await;
                 self.shelf.offer((round, fragment.index), self.site, Blob::memory(delta.clone()));
+                self.errands.spawn(Arc::clone(&self.transit).leave(round, fragment.index, delta.clone()));
                 self.deltas.insert((round, self.site), delta);
                 self.feed(MemberEvent::Encoded { round, contribution }).await
             }

@@ -1,18 +1,20 @@
 //! The agent of a site: trains a run on an engine, alone ([`train_alone`]) or together with other sites ([`join`]).
 //!
 //! [`folder`] says what lies where, [`state`] what is kept, [`trainer`] trains and takes over, [`merger`] does the arithmetic between sites; `worker`
-//! and `host` give each a thread, [`watchdog`] sees when an engine does not come back, `exchange` serves what the others fetch, [`agent`] is the loop in which they meet the coordinator.
+//! and `host` give each a thread, [`watchdog`] sees when an engine does not come back, `shelf` serves what the others
+//! fetch, `transit` fetches what they have, [`agent`] is the loop in which they meet the coordinator.
 
 pub mod agent;
 pub mod alone;
-mod exchange;
 pub mod folder;
 mod host;
 mod join;
 pub mod merger;
 pub mod sampling;
+mod shelf;
 pub mod state;
 pub mod trainer;
+mod transit;
 pub mod watchdog;
 mod worker;
 

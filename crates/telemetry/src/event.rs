@@ -134,7 +134,7 @@ events! {
         site: SiteId,
         /// Its name.
         name: String,
-        /// Where other sites reach it, `host:port`.
+        /// Where other sites reach it, `host:port`; empty where they cannot.
         address: String,
         /// Engine and device.
         engine: String,
@@ -225,6 +225,15 @@ events! {
         bytes: u64,
         /// Time of the transfer.
         seconds: f64,
+    }
+    /// Another site's deltas come another way from now on.
+    RouteChosen = "route_chosen" {
+        /// Whose deltas.
+        from_site: SiteId,
+        /// `direct` or `object store`.
+        route: String,
+        /// Why, in words.
+        reason: String,
     }
     /// A round closed.
     RoundCommitted = "round_committed" {

@@ -41,7 +41,7 @@ pub struct SiteHello {
     pub name: String,
     /// Host under which other sites reach it; empty means where the coordinator sees it come from.
     pub advertised_host: String,
-    /// Port on which it serves deltas and state.
+    /// Port on which it serves deltas and state; 0 where it cannot be dialled.
     pub port: u16,
     /// Engine and device.
     pub engine: String,

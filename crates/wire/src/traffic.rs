@@ -40,11 +40,12 @@ impl Traffic {
         self.0.received.load(Ordering::Relaxed)
     }
 
-    fn add(&self, sent: usize, received: usize) {
+    /// Counts what went through the sockets of others, an object store's client for one.
+    pub fn add(&self, sent: u64, received: u64) {
         let mut counted = Some(self);
         while let Some(Self(counters)) = counted {
-            counters.sent.fetch_add(sent as u64, Ordering::Relaxed);
-            counters.received.fetch_add(received as u64, Ordering::Relaxed);
+            counters.sent.fetch_add(sent, Ordering::Relaxed);
+            counters.received.fetch_add(received, Ordering::Relaxed);
             counted = counters.parent.as_ref();
         }
     }
@@ -71,7 +72,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
-        self.traffic.add(0, buffer.filled().len() - before);
+        self.traffic.add(0, (buffer.filled().len() - before) as u64);
         Poll::Ready(Ok(()))
     }
 }
@@ -79,7 +80,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = ready!(Pin::new(&mut self.stream).poll_write(context, bytes))?;
-        self.traffic.add(written, 0);
+        self.traffic.add(written as u64, 0);
         Poll::Ready(Ok(written))
     }
 
@@ -89,7 +90,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(context, slices))?;
-        self.traffic.add(written, 0);
+        self.traffic.add(written as u64, 0);
         Poll::Ready(Ok(written))
     }
 

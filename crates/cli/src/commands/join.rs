@@ -30,6 +30,13 @@ pub(crate) struct Args {
     /// Host name or address under which the other sites reach this one; as the coordinator sees it unless given.
     #[arg(long, value_name = "HOST", default_value = "")]
     advertise: String,
+    /// Object store to leave deltas in, and to take those of others from where that is faster: an S3 bucket, or a folder that all
+    /// sites see. Credentials come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL.
+    #[arg(long, value_name = "s3://BUCKET/PREFIX|file:///FOLDER")]
+    objects: Option<String>,
+    /// The others cannot dial this site: it listens nowhere, and they take its deltas from the object store alone.
+    #[arg(long, requires = "objects", conflicts_with = "advertise")]
+    dial_out_only: bool,
     /// SOCKS5 proxy for every connection that this site opens: for networks that let nothing else out.
     #[arg(long, value_name = "socks5://HOST:PORT")]
     proxy: Option<String>,
@@ -74,7 +81,8 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         invite,
         folder: RunFolder::new(&folder),
         name: args.name.clone(),
-        listen: args.listen,
+        listen: (!args.dial_out_only).then_some(args.listen),
+        objects: args.objects,
         advertised_host: args.advertise,
         proxy,
         engine: args.engine.engine.clone(),
@@ -116,6 +124,9 @@ fn lines(quiet: bool) -> Watcher {
             Event::RoundApplied { round, state_hash, .. } => format!("round {round}: state {}", state_hash.short()),
             Event::Evaluated { step, bits_per_byte, bigram_bits_per_byte, .. } => {
                 format!("step {step}: validation {bits_per_byte:.4} bits/byte (bigram model {bigram_bits_per_byte:.4})")
+            }
+            Event::RouteChosen { from_site, route, reason } => {
+                format!("deltas of site {from_site} come by way of {route}: {reason}")
             }
             Event::CheckpointSaved { path, .. } => format!("saved {path}"),
             _ => return,

@@ -135,7 +135,7 @@ async fn admit(shell: &mut Shell, mut connection: Connection, welcome: Welcome, 
     // Sites are named after their ids, so that who is first to connect does not matter.
     let site = SiteId(hello.name.parse().unwrap());
     connection.send(&FromCoordinator::Welcome(Welcome { site, ..welcome })).await.unwrap();
-    let address = format!("127.0.0.1:{}", hello.port);
+    let address = if hello.port == 0 { String::new() } else { format!("127.0.0.1:{}", hello.port) };
     let peer = Peer { site, name: hello.name, address, fingerprint: connection.peer() };
     let (mut sender, mut receiver) = connection.split();
     let (outbox, mut waiting) = mpsc::unbounded_channel();

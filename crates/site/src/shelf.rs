@@ -50,16 +50,17 @@ impl Shelf {
         self.inner().peers.keys().next().is_none_or(|first| *first == self.site)
     }
 
-    /// Where to fetch from these sites.
+    /// Where to fetch from those of these sites that can be dialled.
     pub(crate) fn holders(&self, sites: &[SiteId]) -> Vec<Holder> {
         let inner = self.inner();
         let peers = sites.iter().filter(|site| **site != self.site).filter_map(|site| inner.peers.get(site));
+        let peers = peers.filter(|peer| peer.can_be_dialled());
         peers.map(|peer| Holder { address: peer.address.clone(), fingerprint: peer.fingerprint }).collect()
     }
 
-    /// All other sites, as holders.
-    pub(crate) fn holders_but(&self, site: SiteId) -> Vec<Holder> {
-        let sites: Vec<SiteId> = self.inner().peers.keys().copied().filter(|peer| *peer != site).collect();
+    /// All other sites that can be dialled.
+    pub(crate) fn all_holders(&self) -> Vec<Holder> {
+        let sites: Vec<SiteId> = self.inner().peers.keys().copied().collect();
         self.holders(&sites)
     }
 
