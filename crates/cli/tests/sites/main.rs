@@ -13,8 +13,11 @@ mod faults;
 mod identical;
 mod links;
 mod mixed;
+#[path = "../support/moto.rs"]
+mod moto;
 #[path = "../support/needs.rs"]
 mod needs;
+mod objects;
 mod refusals;
 mod resuming;
 mod streaming;

@@ -284,10 +284,22 @@ impl Coordinator {
 }
 
 pub(crate) fn join(place: &Place, invite: &str, site: &str, arguments: &[&str]) -> Process {
+    join_with(place, invite, site, arguments, &[])
+}
+
+/// With an environment.
+pub(crate) fn join_with(
+    place: &Place,
+    invite: &str,
+    site: &str,
+    arguments: &[&str],
+    environment: &[(&str, String)],
+) -> Process {
     let fixed = ["--json", "join", invite, "--name", site, "--folder", site, "--listen", "127.0.0.1:0"];
     // One thread: bits do not depend on how many processors the machine has.
     let speed = ["--threads", "1", "--measure-seconds", "0"];
-    Process::start(place, site, &mut place.beringia(&[&fixed[..], &speed, arguments].concat()))
+    let mut command = place.beringia(&[&fixed[..], &speed, arguments].concat());
+    Process::start(place, site, command.envs(environment.iter().map(|(name, value)| (name, value))))
 }
 
 /// Hash of the state after each round, as one log has it. A round that was made anew counts as it was made last.
