@@ -519,7 +519,7 @@ const ADAPTIVE_ROUNDS: u64 = 80;
 
 /// A delta in f32 takes 3.2 ms of the 250 that a step takes, and in other rounds two of these: links that come and go.
 fn changing_link(round: Round) -> f64 {
-    if round.0 / 12 % 2 == 0 { 1e6 } else { 2e3 }
+    if (round.0 / 12).is_multiple_of(2) { 1e6 } else { 2e3 }
 }
 
 fn adaptive_world(seed: u64, shape: Shape) -> World {

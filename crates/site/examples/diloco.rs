@@ -102,7 +102,7 @@ fn run_round(sites: &mut [Site], plan: &RoundPlan, ledger: &mut Ledger) -> Resul
     for Site { trainer, merger } in sites {
         let merged = merger.merge(&commit, &deltas)?;
         let whole = trainer.schema().whole();
-        trainer.take_over(&whole, &merged.values, None)?;
+        trainer.take_over(&whole, &merged.local)?;
     }
     Ok(())
 }
