@@ -145,6 +145,18 @@ impl Fragment {
         self.ranges.iter().map(ExactSizeIterator::len).sum()
     }
 
+    /// Where a part of this fragment's values lies in the flat vector: ranges there, and in the part.
+    pub fn places(&self, part: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let mut start_of_range = 0;
+        self.ranges.iter().filter_map(move |range| {
+            let begin = start_of_range;
+            start_of_range += range.len();
+            let (start, end) = (part.start.max(begin), part.end.min(start_of_range));
+            let offset = range.start;
+            (start < end).then(|| (offset + start - begin..offset + end - begin, start - part.start..end - part.start))
+        })
+    }
+
     /// Copies this fragment's elements of the flat vector `all` to `values`, in the order of its ranges.
     pub fn gather(&self, all: &[f32], values: &mut [f32]) {
         let mut rest = values;

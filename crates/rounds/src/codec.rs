@@ -5,9 +5,14 @@ use base::config::Codec;
 use base::{Fragment, ParameterSchema, ParameterSpec};
 use formats::lowrank::{Basis, LowRank, MatrixShape};
 use formats::{CodecKind, DecodeError};
+use std::ops::Range;
 
 /// Where the encoder of a low-rank codec begins, at every site.
 const BASIS_SEED: u64 = 1;
+
+/// Values in a part of what is coded value by value or block by block: 256 KiB, which several passes find in the second-level cache. A
+/// multiple of every codec's block.
+const PART_VALUES: usize = 1 << 16;
 
 /// Codes the deltas of one fragment.
 #[derive(Debug, Clone)]
@@ -51,17 +56,40 @@ impl FragmentCodec {
         }
     }
 
+    /// Ranges of the fragment's values that are coded apart, in order: small enough to stay in a cache while more than one thing is done
+    /// with them, where the shapes allow it.
+    pub fn parts(&self) -> Vec<Range<usize>> {
+        match &self.0 {
+            Kind::Values { elements, .. } => {
+                let starts = (0..*elements).step_by(PART_VALUES);
+                starts.map(|start| start..(start + PART_VALUES).min(*elements)).collect()
+            }
+            Kind::LowRank(codec) => codec.matrices().collect(),
+        }
+    }
+
     /// Encodes `delta`, and leaves in it what that lost: `delta - decoded`.
     pub fn encode(&self, delta: &mut [f32], memory: &mut EncoderMemory) -> Vec<u8> {
         let mut encoded = vec![0; self.encoded_bytes()];
-        match &self.0 {
-            Kind::Values { codec, .. } => codec.encode(delta, &mut encoded),
-            Kind::LowRank(codec) => {
-                let basis = memory.0.get_or_insert_with(|| codec.basis(BASIS_SEED));
-                codec.encode(delta, basis, &mut encoded);
-            }
+        for (index, part) in self.parts().into_iter().enumerate() {
+            self.encode_part(index, &mut delta[part], memory, &mut encoded);
         }
         encoded
+    }
+
+    /// As [`FragmentCodec::encode`] for one of the [`FragmentCodec::parts`], into its place of the whole encoding.
+    pub fn encode_part(&self, index: usize, delta: &mut [f32], memory: &mut EncoderMemory, encoded: &mut [u8]) {
+        match &self.0 {
+            Kind::Values { codec, elements } => {
+                let start = index * PART_VALUES;
+                let place = codec.encoded_range(start..start + delta.len(), *elements);
+                codec.encode(delta, &mut encoded[place]);
+            }
+            Kind::LowRank(codec) => {
+                let basis = memory.0.get_or_insert_with(|| codec.basis(BASIS_SEED));
+                codec.encode_matrix(index, delta, basis, encoded);
+            }
+        }
     }
 
     /// Whether some encoder can have written these bytes: a delta is looked at before anybody is told that it is held.
@@ -83,6 +111,21 @@ impl FragmentCodec {
         match &self.0 {
             Kind::Values { codec, .. } => codec.accumulate(delta, weight, sum),
             Kind::LowRank(codec) => codec.accumulate(delta, weight, sum),
+        }
+    }
+
+    /// As [`FragmentCodec::accumulate`] for one of the [`FragmentCodec::parts`], from the whole encoding. For encodings that were checked.
+    ///
+    /// # Errors
+    /// As there, for that part.
+    pub fn accumulate_part(&self, index: usize, delta: &[u8], weight: f32, sum: &mut [f32]) -> Result<(), DecodeError> {
+        match &self.0 {
+            Kind::Values { codec, elements } => {
+                let start = index * PART_VALUES;
+                let place = codec.encoded_range(start..start + sum.len(), *elements);
+                codec.accumulate(&delta[place], weight, sum)
+            }
+            Kind::LowRank(codec) => codec.accumulate_matrix(index, delta, weight, sum),
         }
     }
 }

@@ -24,7 +24,7 @@ pub use codec::{EncoderMemory, FragmentCodec};
 pub use coordinator::{Command, Coordinator, Event, Settings};
 pub use ledger::{Ledger, LedgerTotals, SampleRange};
 pub use member::{Member, MemberCommand, MemberEvent};
-pub use merge::token_weighted_mean;
+pub use merge::{token_weighted_mean, token_weights};
 pub use outer::{OuterOptimizer, OuterRule};
 pub use plan::{
     Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, LinkReport, Measurement, Peer,

@@ -7,6 +7,12 @@
 use crate::codec::FragmentCodec;
 use formats::DecodeError;
 
+/// Weights of contributors by their tokens. Where nobody has trained, all are zero.
+pub fn token_weights(tokens: impl Iterator<Item = u64> + Clone) -> Vec<f32> {
+    let total: u64 = tokens.clone().sum();
+    tokens.map(|tokens| if total == 0 { 0.0 } else { (tokens as f64 / total as f64) as f32 }).collect()
+}
+
 /// Writes the token-weighted mean of `contributions` (tokens and encoded delta, ascending by site id) to `merged`. Where nobody has
 /// trained, the mean is zero.
 ///
@@ -17,11 +23,10 @@ pub fn token_weighted_mean(
     contributions: &[(u64, &[u8])],
     merged: &mut [f32],
 ) -> Result<(), DecodeError> {
-    let tokens_total: u64 = contributions.iter().map(|(tokens, _)| tokens).sum();
     merged.fill(0.0);
-    for (tokens, delta) in contributions {
-        let weight = if tokens_total == 0 { 0.0 } else { (*tokens as f64 / tokens_total as f64) as f32 };
-        codec.accumulate(delta, weight, merged)?;
+    for (weight, (_, delta)) in token_weights(contributions.iter().map(|(tokens, _)| *tokens)).iter().zip(contributions)
+    {
+        codec.accumulate(delta, *weight, merged)?;
     }
     Ok(())
 }

@@ -79,21 +79,34 @@ impl OuterOptimizer {
         &mut self.buffers
     }
 
+    /// Whether a step on a part of the parameters is part of the step on all: [`OuterOptimizer::step_part`].
+    pub fn is_separable(&self) -> bool {
+        matches!(self.rule, OuterRule::Nesterov { .. })
+    }
+
+    /// Applies `merged` to the parameters in `range` of the whole `global`.
+    ///
+    /// # Panics
+    /// Where the step is not [separable](OuterOptimizer::is_separable), or lengths differ.
+    pub fn step_part(&mut self, range: Range<usize>, global: &mut [f32], merged: &[f32]) {
+        assert_eq!(merged.len(), range.len(), "a merge is as long as its part");
+        let OuterRule::Nesterov { learning_rate, momentum } = self.rule else {
+            unreachable!("gradients are clipped by the norm of all of them")
+        };
+        averaging_step((learning_rate as f32, momentum as f32), range, &mut self.buffers, global, merged);
+    }
+
     /// Applies `merged`, the merge of `fragment`, to the whole `global`. `steps_before` counts the outer steps already taken: it places the step in the
     /// learning-rate schedule and in AdamW's bias correction. `merged` is scratch: clipping scales it in place.
     pub fn step(&mut self, steps_before: u64, fragment: &Fragment, global: &mut [f32], merged: &mut [f32]) {
         assert_eq!(merged.len(), fragment.elements(), "a merge is as long as its fragment");
         match &self.rule {
             OuterRule::Nesterov { learning_rate, momentum } => {
-                let (learning_rate, momentum) = (*learning_rate as f32, *momentum as f32);
+                let rates = (*learning_rate as f32, *momentum as f32);
                 let mut rest = &*merged;
                 for range in &fragment.ranges {
                     let (part, after) = rest.split_at(range.len());
-                    let global = &mut global[range.clone()];
-                    match self.buffers.first_mut() {
-                        Some(buffer) => nesterov(global, part, &mut buffer[range.clone()], learning_rate, momentum),
-                        None => sgd(global, part, learning_rate),
-                    }
+                    averaging_step(rates, range.clone(), &mut self.buffers, global, part);
                     rest = after;
                 }
             }
@@ -111,6 +124,21 @@ impl OuterOptimizer {
                 }
             }
         }
+    }
+}
+
+/// The step of the parameters in `range` of the flat vector, by pseudo-gradients.
+fn averaging_step(
+    (learning_rate, momentum): (f32, f32),
+    range: Range<usize>,
+    buffers: &mut [Vec<f32>],
+    global: &mut [f32],
+    merged: &[f32],
+) {
+    let global = &mut global[range.clone()];
+    match buffers.first_mut() {
+        Some(buffer) => nesterov(global, merged, &mut buffer[range], learning_rate, momentum),
+        None => sgd(global, merged, learning_rate),
     }
 }
 

@@ -22,6 +22,7 @@ use base::{ContentHash, Fragment, ParameterSchema, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use rounds::{Commit, EncoderMemory, FragmentCodec, FragmentPlan};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
 /// A number in a delta that is not finite.
@@ -141,23 +142,30 @@ impl Merger {
     /// A number that is not finite: nothing has changed.
     pub fn encode(&mut self, round: Round, plan: FragmentPlan, local: &Arc<Vec<f32>>) -> Result<Bytes, NotFinite> {
         let fragment = self.fragments.of(plan);
-        let mut delta = if self.sync.strategy == Strategy::Synchronous {
-            local.to_vec()
-        } else {
-            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-            difference(&fragment, &state.parameters, local)
-        };
-        if !self.residual.is_empty() {
-            visit(&fragment, &self.residual, &mut delta, |residual, delta| *delta += residual);
+        let codec = self.fragments.codec(plan);
+        let mut memory = self.take_memory(plan);
+        let mut encoded = vec![0; codec.encoded_bytes()];
+        // In it, part by part: the delta, what coding lost of it, and what the local parameters are counted from.
+        let mut values = Vec::with_capacity(local.len());
+        let mut squares = (0.0, 0.0);
+        for (index, part) in codec.parts().into_iter().enumerate() {
+            self.push_delta(&fragment, part.clone(), local, &mut values);
+            let delta = &mut values[part.clone()];
+            self.require_finite(&fragment, part.start, delta)?;
+            squares.0 += self.squared_norm(delta);
+            codec.encode_part(index, delta, &mut memory, &mut encoded);
+            squares.1 += self.squared_norm(delta);
+            if self.keeps_residual() {
+                // G - q = L + (d - q)
+                delta.iter_mut().zip(&local[part]).for_each(|(lost, local)| *lost += local);
+            }
         }
-        self.require_finite(&fragment, &delta)?;
-        let encoded = self.encode_measured(plan, &mut delta);
+        self.lost_part = if squares.0 > 0.0 { (squares.1 / squares.0).sqrt() } else { 0.0 };
+        self.memories.insert(plan.index, (plan, memory));
         let before = if self.keeps_residual() {
-            // G - q = L + (d - q)
-            delta.iter_mut().zip(&local[..]).for_each(|(lost, local)| *lost += local);
-            Some(delta)
+            Some(values)
         } else {
-            self.feed_back(&fragment, &delta);
+            self.feed_back(&fragment, &values);
             self.adds_to_local().then(|| local.to_vec())
         };
         let encoded = Bytes::from(encoded);
@@ -165,21 +173,35 @@ impl Merger {
         Ok(encoded)
     }
 
-    /// Encodes `delta`, and leaves in it what that lost.
-    fn encode_measured(&mut self, plan: FragmentPlan, delta: &mut [f32]) -> Vec<u8> {
-        let memory = self.memories.entry(plan.index).or_insert_with(|| (plan, EncoderMemory::default()));
-        // What was kept for fragments or factors of another size is of no use.
-        if memory.0 != plan {
-            *memory = (plan, EncoderMemory::default());
+    /// What was kept for fragments or factors of another size is of no use.
+    fn take_memory(&mut self, plan: FragmentPlan) -> EncoderMemory {
+        self.memories.remove(&plan.index).filter(|(of, _)| *of == plan).map(|(_, memory)| memory).unwrap_or_default()
+    }
+
+    /// Appends a part of what is to be encoded: G - L + e, or the gradient + e where the strategy is `synchronous`.
+    fn push_delta(&self, fragment: &Fragment, part: Range<usize>, local: &[f32], values: &mut Vec<f32>) {
+        let start = values.len();
+        let local = &local[part.clone()];
+        if self.sync.strategy == Strategy::Synchronous {
+            values.extend_from_slice(local);
+        } else {
+            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+            for (place, within) in fragment.places(part.clone()) {
+                values.extend(state.parameters[place].iter().zip(&local[within]).map(|(global, local)| global - local));
+            }
         }
-        let codec = self.fragments.codec(plan);
-        if !self.sync.adaptive {
-            return codec.encode(delta, &mut memory.1);
+        if self.residual.is_empty() {
+            return;
         }
-        let whole = squared_norm(delta);
-        let encoded = codec.encode(delta, &mut memory.1);
-        self.lost_part = if whole > 0.0 { (squared_norm(delta) / whole).sqrt() } else { 0.0 };
-        encoded
+        for (place, within) in fragment.places(part) {
+            let delta = &mut values[start + within.start..start + within.end];
+            delta.iter_mut().zip(&self.residual[place]).for_each(|(delta, residual)| *delta += residual);
+        }
+    }
+
+    /// Where settings are adaptive; else 0.
+    fn squared_norm(&self, values: &[f32]) -> f64 {
+        if self.sync.adaptive { squared_norm(values) } else { 0.0 }
     }
 
     /// Norm of what the last encoding lost over the norm of what was to be encoded, where settings are adaptive; else 0.
@@ -216,12 +238,12 @@ impl Merger {
     }
 
     /// A delta with a number that is not finite would poison every site's model.
-    fn require_finite(&self, fragment: &Fragment, delta: &[f32]) -> Result<(), NotFinite> {
+    fn require_finite(&self, fragment: &Fragment, start: usize, delta: &[f32]) -> Result<(), NotFinite> {
         if formats::codec::all_finite(delta) {
             return Ok(());
         }
         let Some(index) = delta.iter().position(|value| !value.is_finite()) else { return Ok(()) };
-        let place = fragment.ranges.iter().flat_map(Clone::clone).nth(index).unwrap_or_default();
+        let place = fragment.ranges.iter().flat_map(Clone::clone).nth(start + index).unwrap_or_default();
         let holds_it = |parameter: &&base::ParameterSpec| parameter.range.contains(&place);
         let name = self.schema.parameters().iter().find(holds_it).map(|parameter| parameter.name.clone());
         Err(NotFinite { parameter: name.unwrap_or_default(), value: delta[index] })
@@ -234,36 +256,63 @@ impl Merger {
     pub fn merge(&mut self, commit: &Commit, deltas: &[Bytes]) -> Result<Merged, formats::DecodeError> {
         let fragment = self.fragments.of(commit.fragment);
         let codec = self.fragments.codec(commit.fragment);
-        let mut merged = std::mem::take(&mut self.scratch);
-        merged.resize(fragment.elements(), 0.0);
-        let contributions: Vec<(u64, &[u8])> = commit
-            .contributors
-            .iter()
-            .zip(deltas)
-            .map(|(contributor, delta)| (contributor.tokens, &delta[..]))
-            .collect();
-        rounds::token_weighted_mean(&codec, &contributions, &mut merged)?;
+        for delta in deltas {
+            codec.check(delta)?;
+        }
         let own_before = self.settle_own(commit, &fragment)?;
         let counts_from_snapshot = own_before.is_some();
+        let values = self.step(commit, (&fragment, &codec), deltas, own_before)?;
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        let before = self.adds_to_local().then(|| own_before.unwrap_or_else(|| gathered(&fragment, &state.parameters)));
-        let GlobalState { parameters, outer, .. } = &mut *state;
-        outer.step(commit.round.0 - 1, &fragment, parameters, &mut merged);
         state.commit = commit.clone();
         let state_hash = state.hash();
-        let local = match before {
-            Some(mut change) => {
-                let alpha = self.sync.mixing as f32;
-                visit(&fragment, &state.parameters, &mut change, |global, before| *before = alpha * (global - *before));
-                self.scratch = merged;
-                LocalChange::Add { change, counts_from_snapshot }
-            }
-            None => {
-                fragment.gather(&state.parameters, &mut merged);
-                LocalChange::Become(merged)
-            }
+        let local = if self.adds_to_local() {
+            LocalChange::Add { change: values, counts_from_snapshot }
+        } else {
+            LocalChange::Become(values)
         };
         Ok(Merged { round: commit.round, state_hash, fragment: commit.fragment, local })
+    }
+
+    /// Takes the outer step, and gives what becomes of the local parameters: what is added to them, or what they become.
+    fn step(
+        &mut self,
+        commit: &Commit,
+        (fragment, codec): (&Fragment, &FragmentCodec),
+        deltas: &[Bytes],
+        own_before: Option<Vec<f32>>,
+    ) -> Result<Vec<f32>, formats::DecodeError> {
+        let (adds, alpha) = (self.adds_to_local(), self.sync.mixing as f32);
+        let weights = rounds::token_weights(commit.contributors.iter().map(|contributor| contributor.tokens));
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let GlobalState { parameters, outer, .. } = &mut *state;
+        let is_separable = outer.is_separable();
+        let mut values = own_before.unwrap_or_else(|| gathered(fragment, parameters));
+        let parts = if is_separable { codec.parts() } else { Vec::new() };
+        for (index, part) in parts.into_iter().enumerate() {
+            self.scratch.clear();
+            self.scratch.resize(part.len(), 0.0);
+            for (weight, delta) in weights.iter().zip(deltas) {
+                codec.accumulate_part(index, delta, *weight, &mut self.scratch)?;
+            }
+            for (place, within) in fragment.places(part.clone()) {
+                outer.step_part(place.clone(), parameters, &self.scratch[within.clone()]);
+                let values = &mut values[part.start + within.start..part.start + within.end];
+                let stepped = values.iter_mut().zip(&parameters[place]);
+                stepped.for_each(|(value, global)| *value = if adds { alpha * (global - *value) } else { *global });
+            }
+        }
+        if !is_separable {
+            let contributions: Vec<(u64, &[u8])> = commit
+                .contributors
+                .iter()
+                .zip(deltas)
+                .map(|(contributor, delta)| (contributor.tokens, &delta[..]))
+                .collect();
+            rounds::token_weighted_mean(codec, &contributions, &mut values)?;
+            outer.step(commit.round.0 - 1, fragment, parameters, &mut values);
+            fragment.gather(parameters, &mut values);
+        }
+        Ok(values)
     }
 
     /// What this site sent and the commit left out is not lost. Gives what the local parameters are counted from, where that is not the
@@ -313,19 +362,7 @@ fn gathered(fragment: &Fragment, all: &[f32]) -> Vec<f32> {
     values
 }
 
-/// The fragment's elements of `all`, less `values`.
-fn difference(fragment: &Fragment, all: &[f32], values: &[f32]) -> Vec<f32> {
-    let mut differences = Vec::with_capacity(values.len());
-    let mut rest = values;
-    for range in &fragment.ranges {
-        let (part, after) = rest.split_at(range.len());
-        differences.extend(all[range.clone()].iter().zip(part).map(|(from, value)| from - value));
-        rest = after;
-    }
-    differences
-}
-
-/// Sum of squares, in as many lanes as a vector has, so that it costs little beside the encoding.
+/// Sum of squares, by lanes: the order in which a compiler may use vectors.
 fn squared_norm(values: &[f32]) -> f64 {
     const LANES: usize = 8;
     let mut lanes = [0.0f64; LANES];
@@ -333,14 +370,4 @@ fn squared_norm(values: &[f32]) -> f64 {
         lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += f64::from(*value) * f64::from(*value));
     }
     lanes.iter().sum()
-}
-
-/// Calls `each` with the elements of `all` that are in `fragment`, and those of `values`, side by side.
-fn visit(fragment: &Fragment, all: &[f32], values: &mut [f32], each: impl Fn(f32, &mut f32)) {
-    let mut rest = values;
-    for range in &fragment.ranges {
-        let (part, after) = rest.split_at_mut(range.len());
-        all[range.clone()].iter().zip(part).for_each(|(from, to)| each(*from, to));
-        rest = after;
-    }
 }

@@ -131,19 +131,33 @@ impl LowRank {
     /// When a length is not what the shapes say: [`LowRank::values`], [`LowRank::encoded_bytes`], [`LowRank::basis`].
     pub fn encode(&self, values: &mut [f32], basis: &mut Basis, encoded: &mut [u8]) {
         self.assert_values(values);
-        assert_eq!(encoded.len(), self.encoded_bytes(), "low rank: the encoding's size is known");
         for (index, matrix) in self.matrices.iter().enumerate() {
-            let values = &mut values[matrix.values.clone()];
-            let encoded = &mut encoded[matrix.encoded.clone()];
-            let Some(basis_range) = matrix.basis.clone() else {
-                VALUES_CODEC.codec().encode(values, encoded);
-                continue;
-            };
-            encode_factors(matrix.shape, self.codec.codec(), values, &mut basis.rows[basis_range], encoded);
-            match self.factors(index, encoded) {
-                Ok(factors) => factors.combine(Subtract, values),
-                Err(_) => values.fill(f32::NAN),
-            }
+            self.encode_matrix(index, &mut values[matrix.values.clone()], basis, encoded);
+        }
+    }
+
+    /// Where the values of each matrix lie, in order.
+    pub fn matrices(&self) -> impl Iterator<Item = Range<usize>> {
+        self.matrices.iter().map(|matrix| matrix.values.clone())
+    }
+
+    /// As [`LowRank::encode`] for the values of one matrix; `encoded` is the whole encoding, of which its part is written.
+    ///
+    /// # Panics
+    /// As there, and where there is no such matrix.
+    pub fn encode_matrix(&self, index: usize, values: &mut [f32], basis: &mut Basis, encoded: &mut [u8]) {
+        assert_eq!(encoded.len(), self.encoded_bytes(), "low rank: the encoding's size is known");
+        let matrix = &self.matrices[index];
+        assert_eq!(values.len(), matrix.values.len(), "low rank: a matrix has the values of its shape");
+        let encoded = &mut encoded[matrix.encoded.clone()];
+        let Some(basis_range) = matrix.basis.clone() else {
+            VALUES_CODEC.codec().encode(values, encoded);
+            return;
+        };
+        encode_factors(matrix.shape, self.codec.codec(), values, &mut basis.rows[basis_range], encoded);
+        match self.factors(index, encoded) {
+            Ok(factors) => factors.combine(Subtract, values),
+            Err(_) => values.fill(f32::NAN),
         }
     }
 
@@ -194,6 +208,34 @@ impl LowRank {
         self.check(encoded)?;
         let values_codec = VALUES_CODEC.codec();
         self.for_each(encoded, sum, Add { weight }, |encoded, sum| values_codec.accumulate(encoded, weight, sum))
+    }
+
+    /// As [`LowRank::accumulate`] for the values of one matrix; `encoded` is the whole encoding, of which its part is read and checked.
+    ///
+    /// # Errors
+    /// As there, for that matrix; `sum` is then as it was.
+    ///
+    /// # Panics
+    /// When `sum` has another length than that matrix has values, or there is no such matrix.
+    pub fn accumulate_matrix(
+        &self,
+        index: usize,
+        encoded: &[u8],
+        weight: f32,
+        sum: &mut [f32],
+    ) -> Result<(), DecodeError> {
+        let (wanted, found) = (self.encoded_bytes(), encoded.len());
+        if wanted != found {
+            return Err(DecodeError::MatricesLength { matrices: self.matrices.len(), wanted, found });
+        }
+        let matrix = &self.matrices[index];
+        assert_eq!(sum.len(), matrix.values.len(), "low rank: a matrix has the values of its shape");
+        let encoded = &encoded[matrix.encoded.clone()];
+        if matrix.basis.is_some() {
+            self.factors(index, encoded)?.combine(Add { weight }, sum);
+            return Ok(());
+        }
+        VALUES_CODEC.codec().accumulate(encoded, weight, sum).map_err(|error| of_matrix(index, error))
     }
 
     fn for_each<C: Combine>(
