@@ -1,10 +1,10 @@
 //! Initial parameters, from a seed, the same on every platform.
 //!
-//! Matrices are drawn from normal distributions. Those of the vocabulary have a standard deviation of 0.02, as GPT-2's, so that the first
-//! predictions are guesses; all others 1/√(inputs), so that outputs vary as inputs do at any width (LeCun et al. 1998, Efficient
-//! BackProp, section 4.6). On what `cargo xtask bench wan` trains, 0.02 everywhere, with GPT-2's smaller ends of residual branches, was
-//! behind by INITGAP % in loss after 614,400 tokens (docs/log.md). Norm weights are 1. Each tensor has a random stream of its own: tying the
-//! embeddings or adding layers leaves the others as they were.
+//! Matrices are drawn from normal distributions. Those of the vocabulary have a standard deviation of 0.02, as GPT-2's, so that the
+//! first predictions are guesses; all others 1/√(inputs), so that outputs vary as inputs do at any width (LeCun et al. 1998,
+//! Efficient BackProp, section 4.6). GPT-2's 0.02 everywhere with smaller ends of residual branches was 5.7 % behind in the loss of
+//! data parallelism on what `cargo xtask bench wan` trains (docs/log.md). Norm weights are 1. Each tensor has a random stream of its
+//! own: tying the embeddings or adding layers leaves the others as they were.
 
 use base::random::Random;
 use base::{HostTensor, ModelShape, NamedTensors, ParameterSchema, ParameterSpec};

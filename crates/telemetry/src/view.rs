@@ -71,6 +71,8 @@ pub struct SiteView {
     pub idle_seconds: f64,
     /// Bytes of its deltas that the writers of this log fetched.
     pub bytes_sent: u64,
+    /// The way that they come, where a choice was logged: `direct` or `object store`.
+    pub route: Option<String>,
     /// Mean training loss of its last round, nats a token.
     pub loss_nats: Option<f64>,
     /// Its global state after the last outer step.
@@ -132,6 +134,25 @@ pub struct ValidationView {
     pub bits_per_byte_start: f64,
     /// Of a bigram model of the training tokens.
     pub bigram_bits_per_byte: f64,
+}
+
+/// The last change of settings that follow the links.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SettingsView {
+    /// From this round on.
+    pub round: Round,
+    /// H
+    pub inner_steps: u64,
+    /// P
+    pub fragments: u32,
+    /// tau
+    pub overlap_steps: u64,
+    /// How deltas are coded.
+    pub codec: String,
+    /// Its rank where it has one; else 0.
+    pub rank: u32,
+    /// Why, in words.
+    pub reason: String,
 }
 
 /// The last checkpoint.
@@ -198,6 +219,8 @@ pub struct RunView {
     pub state_hash: Option<ContentHash>,
     /// Where the samples stand.
     pub ledger: LedgerCounts,
+    /// Settings that followed the links, where they did: the last change.
+    pub settings: Option<SettingsView>,
     /// The last checkpoint.
     pub checkpoint: Option<CheckpointView>,
     /// Times that a site's state was not the run's.
@@ -276,6 +299,17 @@ impl RunView {
                     bigram_bits_per_byte: *bigram_bits_per_byte,
                 });
             }
+            Event::SettingsChanged { round, inner_steps, fragments, overlap_steps, codec, rank, reason } => {
+                self.settings = Some(SettingsView {
+                    round: *round,
+                    inner_steps: *inner_steps,
+                    fragments: *fragments,
+                    overlap_steps: *overlap_steps,
+                    codec: clipped(codec),
+                    rank: *rank,
+                    reason: clipped(reason),
+                });
+            }
             Event::Sample { text, .. } => self.sample = Some(clipped(text)),
             Event::CheckpointSaved { round, path, bytes, .. } => {
                 self.checkpoint = Some(CheckpointView { round: *round, path: path.clone(), bytes: *bytes });
@@ -334,6 +368,7 @@ impl RunView {
             compute_seconds: 0.0,
             idle_seconds: 0.0,
             bytes_sent: 0,
+            route: None,
             loss_nats: None,
             state_hash: None,
             left_reason: None,
@@ -384,6 +419,9 @@ impl RunView {
             }
             Event::DeltaFetched { from_site, bytes, .. } => {
                 self.change_site(*from_site, |view| view.bytes_sent = view.bytes_sent.saturating_add(*bytes));
+            }
+            Event::RouteChosen { from_site, route, .. } => {
+                self.change_site(*from_site, |view| view.route = Some(clipped(route)));
             }
             Event::RoundCommitted { round, contributors, seconds, .. } => {
                 for contributor in contributors {

@@ -97,10 +97,10 @@ pub(crate) fn built_in() -> Vec<System> {
         );
         systems.push(System::beringia(&format!("streaming-{codec}"), &settings));
     }
-    // 49 MB a site sends in 1,000 steps of the 5M model; docs/sync.md has the choice of H and rank.
+    // 48 MB a site sends in 1,000 steps of the 5M model; docs/log.md has the choice of H and rank.
     systems.push(System::beringia(
         "streaming-lowrank",
-        "sync.strategy=streaming sync.inner_steps=4 sync.overlap_steps=1 sync.codec=lowrank sync.rank=14",
+        "sync.strategy=streaming sync.inner_steps=4 sync.overlap_steps=1 sync.codec=lowrank sync.rank=13",
     ));
     let torch = |name, arguments, steps| System::peer(name, "train.py", Python::Torch, arguments, steps);
     let torchft = |name, arguments: &str| {
