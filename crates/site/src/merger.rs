@@ -139,7 +139,7 @@ impl Merger {
     /// strategy is `synchronous`.
     ///
     /// # Errors
-    /// A number that is not finite: nothing has changed.
+    /// A number that is not finite: nothing has changed but the encoder's warm start.
     pub fn encode(&mut self, round: Round, plan: FragmentPlan, local: &Arc<Vec<f32>>) -> Result<Bytes, NotFinite> {
         let fragment = self.fragments.of(plan);
         let codec = self.fragments.codec(plan);
@@ -261,10 +261,7 @@ impl Merger {
         }
         let own_before = self.settle_own(commit, &fragment)?;
         let counts_from_snapshot = own_before.is_some();
-        let values = self.step(commit, (&fragment, &codec), deltas, own_before)?;
-        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        state.commit = commit.clone();
-        let state_hash = state.hash();
+        let (values, state_hash) = self.step(commit, (&fragment, &codec), deltas, own_before)?;
         let local = if self.adds_to_local() {
             LocalChange::Add { change: values, counts_from_snapshot }
         } else {
@@ -273,14 +270,15 @@ impl Merger {
         Ok(Merged { round: commit.round, state_hash, fragment: commit.fragment, local })
     }
 
-    /// Takes the outer step, and gives what becomes of the local parameters: what is added to them, or what they become.
+    /// Takes the outer step, and gives what becomes of the local parameters, what is added to them or what they become, and the hash of the
+    /// state. Parameters and commit change under one lock: nobody reads the one without the other.
     fn step(
         &mut self,
         commit: &Commit,
         (fragment, codec): (&Fragment, &FragmentCodec),
         deltas: &[Bytes],
         own_before: Option<Vec<f32>>,
-    ) -> Result<Vec<f32>, formats::DecodeError> {
+    ) -> Result<(Vec<f32>, ContentHash), formats::DecodeError> {
         let (adds, alpha) = (self.adds_to_local(), self.sync.mixing as f32);
         let weights = rounds::token_weights(commit.contributors.iter().map(|contributor| contributor.tokens));
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
@@ -312,7 +310,9 @@ impl Merger {
             outer.step(commit.round.0 - 1, fragment, parameters, &mut values);
             fragment.gather(parameters, &mut values);
         }
-        Ok(values)
+        state.commit = commit.clone();
+        let state_hash = state.hash();
+        Ok((values, state_hash))
     }
 
     /// What this site sent and the commit left out is not lost. Gives what the local parameters are counted from, where that is not the
