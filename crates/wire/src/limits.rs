@@ -7,7 +7,11 @@
 use std::time::Duration;
 
 /// Version of the protocol this crate speaks. Both ends must speak the same one.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
+
+/// No peer makes a holder send more slowly than this: 120 KB are sent before [`FETCH_STALL_SECONDS_MAX`] ends, and who asks for
+/// more at such a pace does not get it.
+pub const PACE_BYTES_PER_SECOND_MIN: u64 = 4_096;
 
 /// Body of one control frame. The largest message is a `run.toml` (256 KiB) with a few hundred hashes; 4 times that.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;

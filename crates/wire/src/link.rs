@@ -13,6 +13,7 @@
 use crate::blob::fetch::Holder;
 use crate::blob::protocol::Sent;
 use crate::interface;
+use crate::limits::CHUNK_BYTES_MAX;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,6 +33,16 @@ const SAMPLE_SECONDS_MIN: f64 = 1e-4;
 
 /// By how much a longer round trip moves the shortest one seen: a new route is believed after some dozens of answers.
 const ROUND_TRIP_RISE: f64 = 1.0 / 16.0;
+
+/// A short answer is asked for at this times the link's rate: a queue on the way then holds a fifth of it at most, and a link that
+/// has become faster is found out.
+const PACE_GAIN: f64 = 1.25;
+
+/// One short answer in so many is asked for at any rate: the pace may have been measured on a bad day.
+const PACE_EVERY: u64 = 8;
+
+/// An answer that takes less at the link's rate fills no queue that anybody would wait for.
+const PACE_SECONDS_MIN: f64 = 0.02;
 
 /// Peers whose links are remembered: four times the sites of a large run.
 pub const LINKS_MAX: usize = 1_024;
@@ -155,6 +166,22 @@ impl Link {
         lock(&self.meter).sent(bytes, again);
     }
 
+    /// Rate at which a short answer is asked for, bytes a second; 0 where the holder is to send as its congestion control sees
+    /// fit.
+    ///
+    /// An answer of one chunk is over before any congestion control has found the rate of the way, and lies in the queue
+    /// before its narrowest place. What the holder itself asks for meanwhile would have to wait behind it: of two sites that
+    /// fetch from each other over a slow line, the second would begin when the first is done.
+    pub(crate) fn pace(&self, bytes: u64) -> u64 {
+        let mut meter = lock(&self.meter);
+        let Some(rate) = meter.goodput.value() else { return 0 };
+        if bytes > CHUNK_BYTES_MAX as u64 || bytes as f64 / rate < PACE_SECONDS_MIN {
+            return 0;
+        }
+        meter.short_answers += 1;
+        if meter.short_answers.is_multiple_of(PACE_EVERY) { 0 } else { (rate * PACE_GAIN) as u64 }
+    }
+
     /// What is known now.
     pub(crate) fn estimate(&self) -> LinkEstimate {
         lock(&self.meter).estimate()
@@ -231,6 +258,8 @@ struct Meter {
     seconds: f64,
     connections: u64,
     reconnects: u64,
+    /// Asked for since the link's rate is known.
+    short_answers: u64,
 }
 
 impl Meter {
@@ -382,6 +411,20 @@ mod tests {
         {
             assert_eq!(sent_between(sent(before), sent(now)), None);
         }
+    }
+
+    #[test]
+    fn short_answers_are_asked_for_at_the_rate_of_the_link_once_it_is_known() {
+        let link = Link::default();
+        assert_eq!(link.pace(50_000), 0, "nothing is known yet");
+        answer(&mut lock(&link.meter), 0.0, 200_000, 100_000.0);
+        let rate = link.estimate().bytes_per_second.unwrap();
+        let paces: Vec<u64> = (0..2 * PACE_EVERY).map(|_| link.pace(50_000)).collect();
+        let (paced, free): (Vec<u64>, Vec<u64>) = paces.iter().partition(|pace| **pace > 0);
+        assert!(paced.iter().all(|pace| *pace == (rate * PACE_GAIN) as u64), "{paces:?}");
+        assert_eq!((paced.len(), free.len()), (14, 2), "one in eight finds out whether the link has become faster");
+        assert_eq!(link.pace(1_000), 0, "it takes no time that anybody would wait for");
+        assert_eq!(link.pace(CHUNK_BYTES_MAX as u64 + 1), 0, "it is long enough for the congestion control");
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub(crate) struct ChunkRequest {
     pub(crate) index: u64,
     /// Bytes of the chunk that are here already, from a stream that broke.
     pub(crate) offset: u32,
+    /// Rate at which the answer is to be sent; 0 where the holder decides. See [`crate::link::Link::pace`].
+    pub(crate) pace_bytes_per_second: u64,
 }
 
 /// Answers one request.

@@ -5,7 +5,7 @@
 use super::protocol::{self, ChunkReply, ChunkRequest, Sent};
 use super::{Blob, BlobSource};
 use crate::connection::{Connection, RecvError, SendError};
-use crate::limits::{BLOB_IDLE_SECONDS_MAX, FETCH_STALL_SECONDS_MAX};
+use crate::limits::{BLOB_IDLE_SECONDS_MAX, FETCH_STALL_SECONDS_MAX, PACE_BYTES_PER_SECOND_MIN};
 use bytes::Bytes;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,12 +29,20 @@ pub enum ServeError {
 /// The peer broke the protocol, or vanished or stalled inside a reply.
 pub async fn serve_blobs(mut connection: Connection, source: Arc<dyn BlobSource>) -> Result<(), ServeError> {
     let stall = Duration::from_secs(FETCH_STALL_SECONDS_MAX);
+    let mut pace = None;
     loop {
-        let request = match connection.recv_timeout(Duration::from_secs(BLOB_IDLE_SECONDS_MAX)).await {
+        let request: ChunkRequest = match connection.recv_timeout(Duration::from_secs(BLOB_IDLE_SECONDS_MAX)).await {
             Ok(request) => request,
             Err(RecvError::Closed | RecvError::Lost(_) | RecvError::Timeout(_)) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
+        let asked = (request.pace_bytes_per_second > 0)
+            .then(|| request.pace_bytes_per_second.max(PACE_BYTES_PER_SECOND_MIN));
+        if pace != asked {
+            // A system that cannot pace sends as fast as the connection goes.
+            let _ = connection.set_pacing_rate(asked.unwrap_or(u64::MAX));
+            pace = asked;
+        }
         let (reply, content) = answer(&connection, &*source, &request).await;
         timeout(stall, send(&mut connection, &reply, content)).await.map_err(|_| SendError::Timeout(stall))??;
     }

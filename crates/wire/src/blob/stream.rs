@@ -231,7 +231,9 @@ impl StreamTask {
             let offset = self.buffers.offset(index, self.holder_index);
             let outstanding = self.link.asked();
             alone_since = alone_since.map(|_| Instant::now());
-            sender.send_timeout(&ChunkRequest { key: self.key.clone(), index, offset }, self.client.stall).await?;
+            let pace_bytes_per_second = self.link.pace(self.blob_bytes);
+            let request = ChunkRequest { key: self.key.clone(), index, offset, pace_bytes_per_second };
+            sender.send_timeout(&request, self.client.stall).await?;
             if sent.send(Asked { index, offset, outstanding, alone_since: alone_since.take() }).await.is_err() {
                 break;
             }

@@ -150,10 +150,10 @@ async fn places_outside_the_blob_are_refused_without_harm() {
             connect(&identity, &traffic, &holder.address, holder.fingerprint, Purpose::Blob).await.unwrap();
         let outside = ChunkReply::OutOfRange { blob_bytes: content.len() as u64 };
         for (index, offset) in [(0, CHUNK_BYTES_MAX as u32), (2, 10), (3, 0), (u64::MAX, u32::MAX), (1, u32::MAX)] {
-            connection.send(&ChunkRequest { key: delta(1), index, offset }).await.unwrap();
+            connection.send(&ChunkRequest { key: delta(1), index, offset, pace_bytes_per_second: 0 }).await.unwrap();
             assert_eq!(connection.recv::<ChunkReply>().await.unwrap(), outside, "{index} {offset}");
         }
-        connection.send(&ChunkRequest { key: delta(1), index: 2, offset: 9 }).await.unwrap();
+        connection.send(&ChunkRequest { key: delta(1), index: 2, offset: 9, pace_bytes_per_second: 1 }).await.unwrap();
         let reply = connection.recv::<ChunkReply>().await.unwrap();
         assert!(matches!(reply, ChunkReply::Chunk { chunk_bytes: 1, .. }), "{reply:?}");
         assert_eq!(connection.halves().1.recv_raw(1).await.unwrap(), content[content.len() - 1..]);
