@@ -57,6 +57,8 @@ pub enum MemberEvent {
         /// Hash of the state after it.
         state_hash: ContentHash,
     },
+    /// The line to the coordinator was broken and is made anew. What was said meanwhile is lost on both sides.
+    Reconnected,
     /// Somebody asked this process to stop.
     StopRequested,
 }
@@ -159,6 +161,8 @@ pub struct Member {
     /// Ascending, without gaps, the next to be merged first.
     commits: VecDeque<Commit>,
     merging: bool,
+    /// The coordinator is back, and has not been told yet what this site holds.
+    rejoining: bool,
     finish: Option<(Round, ContentHash)>,
 }
 
@@ -179,6 +183,7 @@ impl Member {
             held: BTreeSet::new(),
             commits: VecDeque::new(),
             merging: false,
+            rejoining: false,
             finish: None,
         }
     }
@@ -191,6 +196,11 @@ impl Member {
     /// Last committed round that is part of the global state here.
     pub fn round(&self) -> Round {
         self.round
+    }
+
+    /// Last commit that has come; it may not be merged yet.
+    pub fn newest_commit(&self) -> Round {
+        self.last_commit()
     }
 
     fn ready(&self) -> MemberCommand {
@@ -214,6 +224,7 @@ impl Member {
             }
             MemberEvent::StateUnavailable => commands.push(self.ready()),
             MemberEvent::Merged { round, state_hash } => self.merged(round, state_hash, &mut commands),
+            MemberEvent::Reconnected => self.rejoining = true,
             MemberEvent::StopRequested => {
                 let reason = LeaveReason::Stopped;
                 commands.push(MemberCommand::Report(Report::Leave { reason }));
@@ -221,6 +232,7 @@ impl Member {
             }
         }
         self.merge_when_possible(&mut commands);
+        self.rejoin_when_possible(&mut commands);
         self.drive_engine(&mut commands);
         self.finish_when_possible(&mut commands);
         Ok(commands)
@@ -370,6 +382,17 @@ impl Member {
         self.encoded.retain(|encoded| *encoded > round);
         self.forget_plans();
         commands.push(MemberCommand::Report(Report::Applied { round, state_hash }));
+    }
+
+    /// To a coordinator that is back a site is a newcomer with the state that it holds. Commits that had come before the line broke
+    /// are merged first: they are in the coordinator's log, and what they need is held by sites. Rounds that are not committed
+    /// are planned anew.
+    fn rejoin_when_possible(&mut self, commands: &mut Vec<MemberCommand>) {
+        if self.rejoining && self.commits.is_empty() {
+            self.start_over(self.round, self.state_hash);
+            commands.push(MemberCommand::Abandon);
+            commands.push(self.ready());
+        }
     }
 
     /// A plan is needed until the engine is through with it and its commit is merged.

@@ -5,7 +5,8 @@
 
 use crate::folder::{FolderError, RunFolder};
 use crate::host::{self, HostJob};
-use crate::join::{JoinError, conversation, fetch_run, greet};
+use crate::join::{JoinError, conversation, fetch_run};
+use crate::line::{Dialler, Line, Received, away};
 use crate::merger::{Fragments, Merged, Merger};
 use crate::shelf::Shelf;
 use crate::state::{SharedState, TrainingState};
@@ -31,8 +32,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use telemetry::{Event, Reporter};
 use tokio::sync::mpsc;
-use tokio::task::{AbortHandle, JoinSet};
-use wire::message::{FromCoordinator, FromSite, SiteHello};
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+use wire::message::{FromSite, SiteHello, Welcome};
 use wire::{
     Blob, BlobClient, BlobKey, BlobRequest, Holder, Identity, IdentityError, Incoming, Invite, ListenError, Listener,
     ListenerEvent, Proxy, Purpose, Sender, Traffic,
@@ -41,8 +42,8 @@ use wire::{
 /// A site says that it is there this often; the coordinator gives up after several are missing.
 const PULSE: Duration = Duration::from_secs(2);
 
-/// The coordinator pulses too: silence for this long means that it is gone.
-const COORDINATOR_SILENCE_MAX: Duration = Duration::from_secs(60);
+/// Words to the coordinator that it has not taken after this long are lost, as is the line.
+const COORDINATOR_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Between two looks at what the engine is doing.
 const WATCH: Duration = Duration::from_secs(1);
@@ -88,6 +89,8 @@ pub struct JoinOptions {
     pub slowdown: f64,
     /// Time for measuring the own speed before the first round.
     pub measure_seconds: f64,
+    /// How long to call a coordinator that went away before leaving.
+    pub coordinator_wait: Duration,
     /// When a call of the engine is taken for hung.
     pub hang: HangBounds,
 }
@@ -238,11 +241,9 @@ pub async fn join(
         threads: options.threads as u64,
         slowdown: options.slowdown,
     };
-    let through = (&options.invite, options.proxy.as_ref());
-    let (connection, welcome) = greet(&identity, &traffic, through, hello).await?;
-    let (mut sender, receiver) = connection.split();
-    let (directives_in, directives) = mpsc::channel(RESULTS_MAX);
-    tokio::spawn(receive(receiver, options.invite.address().to_owned(), directives_in));
+    let (proxy, invite) = (options.proxy.clone(), options.invite.clone());
+    let dialler = Dialler { identity: identity.clone(), traffic: traffic.clone(), invite, proxy, hello };
+    let (Line { mut sender, directives }, welcome) = dialler.dial().await?;
     let client = BlobClient::through(options.proxy.clone(), identity, traffic.clone());
     let coordinator =
         Holder { address: options.invite.address().to_owned(), fingerprint: options.invite.fingerprint() };
@@ -261,7 +262,9 @@ pub async fn join(
     };
     let (worker, host_jobs) = prepared.map_err(|_| AgentError::Internal)??;
     let first = welcome.site == SiteId(0) && worker.saved.commit.round == Round(0);
-    let agent = Agent::new((worker, host_jobs), config, (client, store), sender, traffic, reporter, &options);
+    let coordinator =
+        Coordinator { dialler, welcome, wait: options.coordinator_wait, sender: Some(sender), calls: None };
+    let agent = Agent::new((worker, host_jobs), config, (client, store), coordinator, traffic, reporter, &options);
     agent.job(Job::Prepare {
         samples_per_step: agent.config.train.batch_samples.div_ceil(agent.config.sync.sites as usize) as u64,
         seconds: options.measure_seconds,
@@ -286,7 +289,7 @@ async fn pulsing<T>(sender: &mut Sender, work: impl Future<Output = T>) -> T {
         tokio::select! {
             result = &mut work => return result,
             // A coordinator that is gone is noticed by the receiving task.
-            _ = pulse.tick() => { let _lost = sender.send_timeout(&FromSite::Pulse, COORDINATOR_SILENCE_MAX).await; }
+            _ = pulse.tick() => { let _lost = sender.send_timeout(&FromSite::Pulse, COORDINATOR_PATIENCE).await; }
         }
     }
 }
@@ -334,24 +337,6 @@ fn prepare(
 /// What the host's thread takes its jobs from.
 type HostJobs = std::sync::mpsc::Receiver<HostJob>;
 
-/// What the receiving task hands to the loop.
-type Received = Result<Directive, JoinError>;
-
-async fn receive(mut receiver: wire::Receiver, address: String, directives: mpsc::Sender<Received>) {
-    loop {
-        let received = match receiver.recv_timeout(COORDINATOR_SILENCE_MAX).await {
-            Ok(FromCoordinator::Directive(directive)) => Ok(directive),
-            Ok(FromCoordinator::Pulse) => continue,
-            Ok(_) => Err(conversation(&address, "it sent something that is not a directive")),
-            Err(error) => Err(conversation(&address, error)),
-        };
-        let ended = received.is_err();
-        if directives.send(received).await.is_err() || ended {
-            return;
-        }
-    }
-}
-
 /// A transfer that ended.
 enum Fetched {
     Delta { round: Round, fragment: FragmentPlan, contributor: Contributor, bytes: Bytes, seconds: f64 },
@@ -391,6 +376,45 @@ impl EngineHandle {
     }
 }
 
+/// The line to the coordinator, or the calls that are to make it anew.
+struct Coordinator {
+    dialler: Dialler,
+    welcome: Welcome,
+    /// See [`JoinOptions::coordinator_wait`].
+    wait: Duration,
+    /// None while the line is broken: what is said then is lost, as it would be on a line that breaks a little later.
+    sender: Option<Sender>,
+    calls: Option<(Instant, JoinHandle<Result<Line, JoinError>>)>,
+}
+
+impl Coordinator {
+    /// Calls until somebody answers.
+    fn call(&mut self) {
+        self.sender = None;
+        let (dialler, welcome, wait) = (self.dialler.clone(), self.welcome.clone(), self.wait);
+        let calls = tokio::spawn(async move { dialler.dial_again(&welcome, wait).await });
+        self.calls = Some((Instant::now(), calls));
+    }
+
+    /// How the calls ended, and after how long; never where none are made.
+    async fn answered(&mut self) -> (Duration, Result<Line, JoinError>) {
+        let Some((began, calls)) = &mut self.calls else { return std::future::pending().await };
+        let line =
+            calls.await.unwrap_or_else(|_| Err(conversation(self.dialler.invite.address(), "the call broke off")));
+        let seconds = began.elapsed();
+        self.calls = None;
+        (seconds, line)
+    }
+}
+
+impl Drop for Coordinator {
+    fn drop(&mut self) {
+        if let Some((_, calls)) = &self.calls {
+            calls.abort();
+        }
+    }
+}
+
 struct Agent {
     engine: EngineHandle,
     config: RunConfig,
@@ -403,7 +427,7 @@ struct Agent {
     host: std::sync::mpsc::Sender<HostJob>,
     done: mpsc::Receiver<Done>,
     client: BlobClient,
-    sender: Sender,
+    coordinator: Coordinator,
     traffic: Traffic,
     reporter: Arc<Mutex<Reporter>>,
     /// Deltas of rounds that are not merged, the own ones among them.
@@ -413,7 +437,7 @@ struct Agent {
     abandon: Arc<AtomicBool>,
     transfers: JoinSet<Fetched>,
     /// Deltas that are on their way here.
-    fetching: BTreeMap<(Round, SiteId), AbortHandle>,
+    fetching: BTreeMap<(Round, SiteId), (Contributor, AbortHandle)>,
     visitors: JoinSet<()>,
     /// What is put into the object store or removed from it.
     errands: JoinSet<()>,
@@ -434,7 +458,7 @@ impl Agent {
         (mut worker, host_jobs): (Worker, HostJobs),
         config: RunConfig,
         (client, store): (BlobClient, Option<ObjectStore>),
-        sender: Sender,
+        coordinator: Coordinator,
         traffic: Traffic,
         reporter: Arc<Mutex<Reporter>>,
         options: &JoinOptions,
@@ -470,7 +494,7 @@ impl Agent {
             host,
             done,
             client,
-            sender,
+            coordinator,
             traffic,
             reporter,
             deltas: BTreeMap::new(),
@@ -510,17 +534,16 @@ impl Agent {
         let mut pulse = tokio::time::interval(PULSE);
         let mut watch = tokio::time::interval(WATCH);
         self.tell(&FromSite::Report(Report::Device(self.engine.device.clone()))).await;
-        let (mut stopped, mut coordinator_lost) = (false, false);
+        let mut stopped = false;
         loop {
             tokio::select! {
-                directive = directives.recv(), if !coordinator_lost => match directive {
+                directive = directives.recv(), if self.coordinator.sender.is_some() => match directive {
                     Some(Ok(directive)) => self.feed(MemberEvent::Directive(directive)).await?,
-                    lost => {
-                        coordinator_lost = true;
-                        let error = lost.and_then(Result::err);
-                        let error = error.unwrap_or_else(|| conversation("its address", "the connection ended"));
-                        self.end(Err(error.into()));
-                    }
+                    lost => self.coordinator_lost(lost.and_then(Result::err)),
+                },
+                (away, line) = self.coordinator.answered() => match line {
+                    Ok(line) => directives = self.coordinator_back(away, line).await?,
+                    Err(error) => self.end(Err(error.into())),
                 },
                 done = self.done.recv() => match done {
                     Some(Done::Finished) => return self.leave().await,
@@ -541,7 +564,7 @@ impl Agent {
                         return Err(self.give_up(hang).await);
                     }
                 }
-                _ = pulse.tick(), if !coordinator_lost => self.tell(&FromSite::Pulse).await,
+                _ = pulse.tick() => self.tell(&FromSite::Pulse).await,
                 () = &mut stop, if !stopped => {
                     stopped = true;
                     if self.member.is_none() {
@@ -552,6 +575,35 @@ impl Agent {
                 }
             }
         }
+    }
+
+    /// The engine goes on with what is planned, and what is fetched and merged goes on between the sites.
+    fn coordinator_lost(&mut self, error: Option<JoinError>) {
+        let address = self.coordinator.dialler.invite.address();
+        let error = error.unwrap_or_else(|| conversation(address, "the connection ended"));
+        self.coordinator.sender = None;
+        if self.ending.is_some() || self.coordinator.wait.is_zero() {
+            return self.end(Err(error.into()));
+        }
+        let (message, hint) = away(&error, self.coordinator.wait);
+        self.emit(Event::Warning { message, hint });
+        self.coordinator.call();
+    }
+
+    async fn coordinator_back(
+        &mut self,
+        away: Duration,
+        line: Line,
+    ) -> Result<tokio::sync::mpsc::Receiver<Received>, AgentError> {
+        let Line { sender, directives } = line;
+        self.coordinator.sender = Some(sender);
+        let message = format!("the coordinator is back after {:.1} s", away.as_secs_f64());
+        self.emit(Event::Warning { message, hint: None });
+        self.tell(&FromSite::Report(Report::Device(self.engine.device.clone()))).await;
+        if self.member.is_some() {
+            self.feed(MemberEvent::Reconnected).await?;
+        }
+        Ok(directives)
     }
 
     /// Leaves an engine that hangs behind. Its thread is not waited for: it ends with the process.
@@ -570,7 +622,9 @@ impl Agent {
         let said = async {
             self.tell(&leave).await;
             // A connection that is gone already is no loss.
-            let _closed = self.sender.close().await;
+            if let Some(sender) = &mut self.coordinator.sender {
+                let _closed = sender.close().await;
+            }
         };
         let _in_time = tokio::time::timeout(FAREWELL_TIME_MAX, said).await;
     }
@@ -590,8 +644,10 @@ impl Agent {
         for report in reports {
             self.tell(&FromSite::Report(report)).await;
         }
-        // The coordinator learns of the end from the report; a connection that is gone already is no loss.
-        let _closed = self.sender.close().await;
+        if let Some(sender) = &mut self.coordinator.sender {
+            // The coordinator learns of the end from the report; a connection that is gone already is no loss.
+            let _closed = sender.close().await;
+        }
         let finished = result?;
         let (round, state_hash) = self.held;
         Ok(Outcome {
@@ -606,7 +662,9 @@ impl Agent {
 
     /// A coordinator that is gone is noticed by the receiving task.
     async fn tell(&mut self, message: &FromSite) {
-        let _lost = self.sender.send_timeout(message, COORDINATOR_SILENCE_MAX).await;
+        if let Some(sender) = &mut self.coordinator.sender {
+            let _lost = sender.send_timeout(message, COORDINATOR_PATIENCE).await;
+        }
     }
 
     async fn feed(&mut self, event: MemberEvent) -> Result<(), AgentError> {
@@ -649,10 +707,14 @@ impl Agent {
                 if let Some(merged) = self.merged.remove(&round) {
                     self.job(Job::Apply { merged, evaluate });
                 }
+                // What was merged before a line broke is part of the state that the engine began anew from.
+                self.merged.retain(|later, _| *later > round);
             }
             MemberCommand::Abandon => {
                 self.abandon.store(true, Ordering::Relaxed);
                 self.abandon = Arc::default();
+                let newest = self.member.as_ref().map_or(self.held.0, Member::newest_commit);
+                self.stop_fetching(|round| round > newest);
                 self.host_job(HostJob::Withdraw);
                 self.job(Job::StartOver);
             }
@@ -680,14 +742,18 @@ impl Agent {
     /// What is not wanted any more after the commit of `round`.
     fn forget_through(&mut self, round: Round, fragment: FragmentPlan) {
         self.deltas.retain(|(held, _), _| *held > round);
-        for transfer in self.fetching.extract_if(.., |(fetched, _), _| *fetched <= round) {
-            transfer.1.abort();
-        }
+        self.stop_fetching(|fetched| fetched <= round);
         let kept = self.settings.rounds_kept(fragment, self.shelf.sites());
         let oldest = Round(round.0.saturating_sub(kept));
         self.shelf.forget_before(oldest);
         if self.transit.advance(round, oldest) {
             self.errands.spawn(Arc::clone(&self.transit).remove_before(oldest));
+        }
+    }
+
+    fn stop_fetching(&mut self, is_void: impl Fn(Round) -> bool) {
+        for (_, (_, transfer)) in self.fetching.extract_if(.., |(round, _), _| is_void(*round)) {
+            transfer.abort();
         }
     }
 
@@ -701,7 +767,9 @@ impl Agent {
             Fetched::Delta { round, fragment, contributor, bytes, seconds: began.elapsed().as_secs_f64() }
         };
         let transfer = self.transfers.spawn(fetch);
-        self.fetching.insert((round, contributor.site), transfer);
+        if let Some((_, void)) = self.fetching.insert((round, contributor.site), (contributor, transfer)) {
+            void.abort();
+        }
     }
 
     fn fetch_state(&mut self, commit: Commit, state_hash: ContentHash, from: &[SiteId]) {
@@ -733,6 +801,10 @@ impl Agent {
         match fetched {
             Fetched::Delta { round, fragment, contributor, bytes, seconds } => {
                 let (from, size) = (contributor.site, bytes.len() as u64);
+                // A round may have been planned anew while the last bytes of its first delta came.
+                if self.fetching.get(&(round, from)).is_none_or(|(wanted, _)| *wanted != contributor) {
+                    return Ok(());
+                }
                 self.fetching.remove(&(round, from));
                 self.emit(Event::DeltaFetched { round, from_site: from, bytes: size, seconds });
                 self.tell(&FromSite::Fetched { round, from, bytes: size, seconds }).await;

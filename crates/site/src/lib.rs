@@ -2,13 +2,14 @@
 //!
 //! [`folder`] says what lies where, [`state`] what is kept, [`trainer`] trains and takes over, [`merger`] does the arithmetic between sites; `worker`
 //! and `host` give each a thread, [`watchdog`] sees when an engine does not come back, `shelf` serves what the others
-//! fetch, `transit` fetches what they have, [`agent`] is the loop in which they meet the coordinator.
+//! fetch, `transit` fetches what they have, `line` keeps in touch with the coordinator, [`agent`] is the loop in which they meet.
 
 pub mod agent;
 pub mod alone;
 pub mod folder;
 mod host;
 mod join;
+mod line;
 pub mod merger;
 pub mod sampling;
 mod shelf;

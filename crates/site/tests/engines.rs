@@ -55,6 +55,7 @@ fn options(name: usize, invite: wire::Invite, folder: RunFolder, hang: HangBound
         threads: 1,
         slowdown: 1.0,
         measure_seconds: 0.0,
+        coordinator_wait: std::time::Duration::ZERO,
         hang,
     }
 }

@@ -114,6 +114,7 @@ async fn join(invite: wire::Invite, name: usize, part: Part<'_>, run: &Run, fold
         threads: 1,
         slowdown: 1.0,
         measure_seconds: 0.0,
+        coordinator_wait: std::time::Duration::ZERO,
         hang: HangBounds::default(),
     };
     let events = Arc::new(Mutex::new(Vec::new()));

@@ -9,9 +9,13 @@ use base::layout::EVENTS_FILE;
 use site::{JoinOptions, RunFolder};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 use telemetry::log::system_unix_ms;
 use telemetry::{Event, EventLog, Record, Reporter, Watcher};
 use wire::{Invite, Proxy};
+
+/// A month: longer than anybody leaves a coordinator alone.
+const COORDINATOR_WAIT_SECONDS_MAX: f64 = 30.0 * 86_400.0;
 
 /// Take part in a run: fetches everything, checks every hash, trains
 #[derive(Debug, clap::Args)]
@@ -46,6 +50,9 @@ pub(crate) struct Args {
     /// Time for measuring the own speed before the first round.
     #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]
     measure_seconds: f64,
+    /// How long to call a coordinator that went away, keeping the model in memory; 0 saves and leaves at once.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600.0)]
+    coordinator_wait: f64,
     /// Least time after which a call of the engine is taken for hung; 45 unless given. Raise it where one step takes longer.
     #[arg(long, value_name = "SECONDS")]
     hang_seconds: Option<f64>,
@@ -60,6 +67,10 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     if !(1.0..=1e4).contains(&args.slowdown) || !(0.0..=600.0).contains(&args.measure_seconds) {
         let message = "--slowdown must be 1 to 10000 and --measure-seconds 0 to 600";
         return Err(Failure::new(message, "leave them out on a real site"));
+    }
+    if !(0.0..=COORDINATOR_WAIT_SECONDS_MAX).contains(&args.coordinator_wait) {
+        let message = format!("--coordinator-wait must be 0 to {COORDINATOR_WAIT_SECONDS_MAX}");
+        return Err(Failure::new(message, "leave it out: an hour"));
     }
     let folder = args.folder.clone().unwrap_or_else(|| PathBuf::from(format!("{}-{}", invite.run(), args.name)));
     std::fs::create_dir_all(&folder).map_err(|error| {
@@ -89,6 +100,7 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         threads: rayon::current_num_threads(),
         slowdown: args.slowdown,
         measure_seconds: args.measure_seconds,
+        coordinator_wait: Duration::from_secs_f64(args.coordinator_wait),
         hang,
     };
     let runtime = runtime()?;

@@ -68,12 +68,37 @@ fn a_site_that_is_killed_in_mid_round_does_not_stop_the_others() {
 }
 
 #[test]
-fn a_coordinator_that_is_killed_goes_on_from_its_log() {
+fn a_coordinator_that_is_killed_and_started_again_is_found_by_its_sites() {
+    let place = Place::new();
+    place.init("run", &["sync.sites=2", "train.steps=200000"]);
+    let coordinator = Coordinator::start(&place, "run", &["--json"]);
+    let address = coordinator.address();
+    let sites = coordinator.join_all(&place, &SITES[..2]);
+    let mut coordinator = coordinator.process;
+    let mut round = 0;
+    for _ in 0..3 {
+        place.wait_for_commit("run", round + 3);
+        coordinator.kill();
+        round = *hashes(&place.events("run")).last_key_value().unwrap().0;
+        coordinator = Coordinator::start(&place, "run", &["--json", "--listen", &address]).process;
+    }
+    place.wait_for_commit("run", round + 3);
+    coordinator.terminate();
+    let summary = coordinator.object();
+    for site in sites {
+        assert_eq!(site.object()["state_hash"], summary["state_hash"], "the processes of the beginning end the run");
+    }
+    assert_ledger_adds_up(&summary["ledger"]);
+    assert_identical_after_every_commit(&place, "run", &SITES[..2]);
+}
+
+#[test]
+fn sites_that_do_not_wait_for_a_coordinator_save_and_come_back_by_their_keys() {
     let place = Place::new();
     place.init("run", &["sync.sites=2", "train.steps=200000"]);
     let coordinator = Coordinator::start(&place, "run", &["--json"]);
     let (address, invite) = (coordinator.address(), coordinator.invite.clone());
-    let sites = coordinator.join_all(&place, &SITES[..2]);
+    let sites = [SITES[0], SITES[1]].map(|site| coordinator.join(&place, site, &["--coordinator-wait", "0"]));
     place.wait_for_commit("run", 3);
     coordinator.process.kill();
     for site in sites {

@@ -36,8 +36,8 @@ pub async fn serve_blobs(mut connection: Connection, source: Arc<dyn BlobSource>
             Err(RecvError::Closed | RecvError::Lost(_) | RecvError::Timeout(_)) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        let asked = (request.pace_bytes_per_second > 0)
-            .then(|| request.pace_bytes_per_second.max(PACE_BYTES_PER_SECOND_MIN));
+        let asked =
+            (request.pace_bytes_per_second > 0).then(|| request.pace_bytes_per_second.max(PACE_BYTES_PER_SECOND_MIN));
         if pace != asked {
             // A system that cannot pace sends as fast as the connection goes.
             let _ = connection.set_pacing_rate(asked.unwrap_or(u64::MAX));
