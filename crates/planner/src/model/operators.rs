@@ -1,0 +1,121 @@
+//! Roofline of one layer, of the output projection and of the optimiser on one device.
+//!
+//! A matrix product takes its arithmetic at the sustained rate plus the unhidden part of its traffic ([`super::rates`]); everything
+//! else is memory traffic. Backward is two products for each forward one. Traffic counts, bytes for each token and unit of width, in
+//! 16 bits: a norm reads and writes (4), a residual with dropout reads two and writes one and a mask (7), twice a layer each: 22;
+//! an activation reads and writes the feed-forward's width (4 for each of it, 6 with a gate); splitting and transposing heads 8.
+
+use super::constants::Constants;
+use super::layout::{Layout, Recompute, Stack};
+use super::rates::Rates;
+use super::shape::Transformer;
+use crate::units::{Bytes, Flop, Seconds};
+
+/// Bytes of norms and residuals, see above.
+const NORM_BYTES: f64 = 22.0;
+
+/// Bytes of splitting heads.
+const HEADS_BYTES: f64 = 8.0;
+
+/// Bytes of the loss for each logit: f32 copy, exponentials and gradient, written and read, forward and backward.
+const LOSS_BYTES: f64 = 24.0;
+
+/// Share of attention's square that a causal kernel computes.
+const CAUSAL: f64 = 0.5;
+
+/// Products of a fused attention's backward over its forward: five instead of two.
+const FUSED_BACKWARD: f64 = 2.5;
+
+/// Memory traffic of AdamW for each parameter: read gradient, master weight and two moments, write three and the 16-bit copy.
+const ADAM_BYTES: f64 = 34.0;
+
+/// Head sizes that matrix units take without padding are multiples of this, in 16 bits.
+const HEAD_ALIGNMENT: f64 = 8.0;
+
+/// Device time of one layer for one micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerTime {
+    /// Forward.
+    pub forward: Seconds,
+    /// Backward without recomputation.
+    pub backward: Seconds,
+    /// Recomputation.
+    pub recompute: Seconds,
+}
+
+/// Time of the layer's arithmetic and memory traffic; collectives are apart.
+pub fn layer(shape: &Transformer, layout: &Layout, rates: &Rates, constants: &Constants) -> LayerTime {
+    let dense = projections(shape, layout, rates) + feed_forward(shape, layout, rates);
+    let (attention, attention_backward) = attention(shape, layout, rates, constants);
+    let elementwise = elementwise(shape, layout, rates, constants);
+    let forward = dense + attention + elementwise;
+    LayerTime {
+        forward,
+        backward: dense * 2.0 + attention_backward + elementwise * 2.0,
+        recompute: match layout.recompute {
+            Recompute::None => Seconds::ZERO,
+            // Fused attention recomputes its square in any case.
+            Recompute::Selective if layout.stack == Stack::Modern => Seconds::ZERO,
+            Recompute::Selective => attention,
+            Recompute::Full => forward,
+        },
+    }
+}
+
+fn projections(shape: &Transformer, layout: &Layout, rates: &Rates) -> Seconds {
+    let tokens = layout.tokens(shape.seq);
+    let inner = shape.hidden / layout.tp;
+    rates.product(tokens, inner + 2.0 * shape.kv_width() / layout.tp, shape.hidden)
+        + rates.product(tokens, shape.hidden, inner)
+}
+
+fn feed_forward(shape: &Transformer, layout: &Layout, rates: &Rates) -> Seconds {
+    let tokens = layout.tokens(shape.seq);
+    let width = shape.ffn / layout.tp;
+    let first = if shape.gated { 2.0 * width } else { width };
+    // Each expert gets its share of the tokens of all ranks of its group.
+    let local_experts = (shape.experts / layout.ep).max(1.0);
+    let expert_tokens = tokens * shape.experts_per_token / local_experts;
+    (rates.product(expert_tokens, first, shape.hidden) + rates.product(expert_tokens, shape.hidden, width))
+        * local_experts
+}
+
+/// Forward and backward of scores and their use.
+fn attention(shape: &Transformer, layout: &Layout, rates: &Rates, constants: &Constants) -> (Seconds, Seconds) {
+    let heads = shape.heads / layout.tp * layout.micro_batch;
+    let queries = shape.seq / layout.cp;
+    let head = shape.head_size();
+    if layout.stack == Stack::Modern {
+        let flop = Flop(4.0 * heads * queries * shape.seq * head * CAUSAL);
+        let forward = flop / rates.attention;
+        return (forward, forward * FUSED_BACKWARD);
+    }
+    let alignment = if head % HEAD_ALIGNMENT == 0.0 { 1.0 } else { constants.misaligned_head_rate };
+    let products =
+        (rates.product_wide(queries, shape.seq, head) + rates.product_wide(queries, head, shape.seq)) * heads;
+    let score_bytes = if layout.eager { constants.eager_bytes_per_score } else { constants.unfused_bytes_per_score };
+    let scores = Bytes(score_bytes * heads * queries * shape.seq) / rates.memory;
+    let forward = products / alignment + scores;
+    (forward, forward * 2.0)
+}
+
+fn elementwise(shape: &Transformer, layout: &Layout, rates: &Rates, constants: &Constants) -> Seconds {
+    let tokens = layout.tokens(shape.seq);
+    let norms = NORM_BYTES * shape.hidden / if layout.sequence_parallel { layout.tp } else { 1.0 };
+    let activation = if shape.gated { 6.0 } else { 4.0 } * shape.ffn * shape.experts_per_token;
+    let split = (HEADS_BYTES * shape.hidden + activation) / layout.tp;
+    let passes = if layout.eager { constants.eager_traffic } else { 1.0 };
+    Bytes(tokens * (norms + split) * constants.elementwise_traffic * passes) / rates.memory
+}
+
+/// Output projection and loss of one micro-batch, forward and backward.
+pub fn logits(shape: &Transformer, layout: &Layout, rates: &Rates) -> Seconds {
+    let tokens = layout.tokens(shape.seq);
+    let vocab = shape.vocab / layout.tp;
+    rates.product_wide(tokens, vocab, shape.hidden) * 3.0 + Bytes(tokens * vocab * LOSS_BYTES) / rates.memory
+}
+
+/// AdamW on so many parameters.
+pub fn optimiser(parameters: f64, rates: &Rates) -> Seconds {
+    Bytes(parameters * ADAM_BYTES) / rates.memory
+}

@@ -1,0 +1,239 @@
+//! One step inside a site: layers to micro-batch, micro-batches to pipeline, then gradients and optimiser.
+
+use super::collectives::{Group, all_reduce, all_to_all, gather, send};
+use super::constants::Constants;
+use super::layout::{Layout, Overlap, Recompute, Stack, even_stages};
+use super::memory::{memory, stage_parameters};
+use super::operators;
+use super::pipeline::pipeline;
+use super::rates::{Links, Rates};
+use super::shape::Transformer;
+use super::{Case, ModelError, Prediction};
+use crate::units::{Bytes, Seconds};
+
+/// Backward starts about twice the kernels of forward.
+const BACKWARD_LAUNCHES: f64 = 2.0;
+
+/// Share of a pipeline transfer that stays exposed where the stack overlaps it.
+const OVERLAPPED_SEND_EXPOSED: f64 = 0.2;
+
+/// Time of a micro-batch, divided.
+#[derive(Debug, Clone, Copy, Default)]
+struct Time {
+    compute: Seconds,
+    communication: Seconds,
+}
+
+impl Time {
+    fn total(self) -> Seconds {
+        self.compute + self.communication
+    }
+
+    fn times(self, factor: f64) -> Self {
+        Self { compute: self.compute * factor, communication: self.communication * factor }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self { compute: self.compute + other.compute, communication: self.communication + other.communication }
+    }
+}
+
+/// One kind of device with all that its layers need.
+struct Site<'a> {
+    shape: &'a Transformer,
+    layout: &'a Layout,
+    rates: Rates,
+    links: Links,
+    constants: &'a Constants,
+    value_bytes: f64,
+}
+
+/// Predicts one step with these constants.
+pub fn predict(case: &Case<'_>, constants: &Constants) -> Result<Prediction, ModelError> {
+    case.validate()?;
+    let sites = sites(case, constants)?;
+    let layers = case.stage_layers.clone().unwrap_or_else(|| even_stages(case.shape.layers, case.layout.pp));
+    let layer_times: Vec<Time> = sites.iter().map(Site::layer).collect();
+    let stages: Vec<Time> = layers
+        .iter()
+        .enumerate()
+        .map(|(index, layers)| {
+            let site = index * sites.len() / layers_count(case);
+            stage_time(&sites[site], layer_times[site], *layers, index, layers_count(case))
+        })
+        .collect();
+    let micro_batches = case.layout.micro_batches();
+    let totals: Vec<Seconds> = stages.iter().map(|time| time.total()).collect();
+    let flow = pipeline(&totals, micro_batches, case.layout.interleave);
+    let fullest = layers.iter().copied().fold(0.0, f64::max);
+    let slowest = totals.iter().copied().fold(Seconds::ZERO, Seconds::max);
+    let after = after_the_pipeline(case, &sites, fullest, slowest);
+    let nodes = (case.layout.devices() / case.devices_per_node).max(1.0);
+    let jitter = 1.0 + constants.jitter_per_doubling * nodes.log2();
+    let step = (flow.total + after.total()) * jitter + Seconds(constants.step_overhead_seconds);
+    let sent: Seconds = stages.iter().map(|time| time.communication).sum();
+    let communication = sent * micro_batches / stages.len() as f64 + after.communication;
+    Ok(case.prediction(step, communication, flow.bubble, memory(case)))
+}
+
+fn layers_count(case: &Case<'_>) -> usize {
+    case.layout.pp as usize
+}
+
+fn sites<'a>(case: &'a Case<'_>, constants: &'a Constants) -> Result<Vec<Site<'a>>, ModelError> {
+    case.devices
+        .iter()
+        .map(|device| {
+            Ok(Site {
+                shape: &case.shape,
+                layout: &case.layout,
+                rates: Rates::of(device, case.precision, constants)?,
+                links: Links::of(device, case.devices_per_node, case.network)?,
+                constants,
+                value_bytes: case.precision.bytes(),
+            })
+        })
+        .collect()
+}
+
+impl Site<'_> {
+    /// A layer with its collectives, one micro-batch, forward and backward.
+    fn layer(&self) -> Time {
+        let device = operators::layer(self.shape, self.layout, &self.rates, self.constants);
+        let passes = if self.layout.recompute == Recompute::Full { 3.0 } else { 2.0 };
+        let compute = device.forward + device.backward + device.recompute;
+        let exchange = (self.tensor_parallel() + self.experts()) * passes + self.context_parallel();
+        let time = Time { compute, communication: exchange + self.sharded_data(compute, passes) };
+        let launches = 1.0 + BACKWARD_LAUNCHES + (passes - 2.0);
+        let host = Seconds(self.constants.launch_microseconds_per_layer * 1e-6 * launches);
+        if self.layout.launch_blocking {
+            return Time { compute: compute + host, ..time };
+        }
+        // The host runs ahead of the device, but not perfectly: their times add as squares, so that the slower sets the pace and a near
+        // tie costs more than either.
+        let paced = Seconds(time.total().0.hypot(host.0));
+        Time { compute: compute + (paced - time.total()), ..time }
+    }
+
+    fn row(&self) -> Bytes {
+        Bytes(self.layout.tokens(self.shape.seq) * self.shape.hidden * self.value_bytes)
+    }
+
+    /// Two all-reduces (or their halves, the sequence being split) each pass.
+    fn tensor_parallel(&self) -> Seconds {
+        let group = Group::placed(self.layout.tp, 1.0, self.links.node);
+        let exposed = if self.layout.overlap == Overlap::Full { self.constants.overlapped_tensor_exposed } else { 1.0 };
+        if self.layout.tp <= 1.0 {
+            return Seconds::ZERO;
+        }
+        all_reduce(self.row(), group, &self.links, self.constants) * (2.0 * exposed)
+    }
+
+    /// Tokens to their experts and back.
+    fn experts(&self) -> Seconds {
+        let group = Group::placed(self.layout.ep, self.layout.tp, self.links.node);
+        let bytes = self.row() * (self.shape.experts_per_token / self.layout.tp);
+        let exposed = if self.layout.overlap == Overlap::Full { self.constants.overlapped_tensor_exposed } else { 1.0 };
+        all_to_all(bytes, group, &self.links, self.constants) * (2.0 * exposed)
+    }
+
+    /// Keys and values around the ring, as far as attention does not hide them (Ring Attention, arXiv 2310.01889).
+    fn context_parallel(&self) -> Seconds {
+        let cp = self.layout.cp;
+        if cp <= 1.0 {
+            return Seconds::ZERO;
+        }
+        let group = Group::placed(cp, self.layout.tp, self.links.node);
+        let blocks = self.row() * (2.0 * self.shape.kv_heads / self.shape.heads / self.layout.tp * (cp - 1.0));
+        let moved = send(blocks, group.spans_nodes(), &self.links, self.constants) * 3.0;
+        let square = 4.0 * self.layout.tokens(self.shape.seq) * self.shape.seq * self.shape.hidden / self.layout.tp;
+        let hidden = crate::units::Flop(square * 0.5 * 3.5) / self.rates.attention;
+        (moved - hidden).max(Seconds::ZERO)
+    }
+
+    /// Sharded parameters gathered and gradients scattered for each micro-batch (FSDP), less what computation hides.
+    fn sharded_data(&self, compute: Seconds, passes: f64) -> Seconds {
+        if self.layout.zero < 2 {
+            return Seconds::ZERO;
+        }
+        let layer = stage_parameters(self.shape, self.layout, 1.0, false);
+        let bytes = Bytes(layer * self.value_bytes);
+        let group = self.data_group();
+        // Gathered once where only gradients are sharded, else for the backward pass as well; gradients are scattered once.
+        let gathers = if self.layout.zero >= 3 { passes.min(2.0) } else { 1.0 };
+        let moved = gather(bytes, group, &self.links, self.constants) * (gathers + 1.0);
+        if self.layout.overlap == Overlap::None {
+            return moved;
+        }
+        moved - (moved * self.constants.overlap_data).min(compute)
+    }
+
+    fn data_group(&self) -> Group {
+        Group::placed(self.layout.dp * self.layout.cp, self.layout.tp, self.links.node)
+    }
+}
+
+fn stage_time(site: &Site<'_>, layer: Time, layers: f64, index: usize, stages: usize) -> Time {
+    let mut time = layer.times(layers);
+    if index + 1 == stages {
+        time.compute += operators::logits(site.shape, site.layout, &site.rates);
+    }
+    if stages > 1 {
+        time = time.plus(Time { compute: Seconds::ZERO, communication: transfers(site) });
+    }
+    time
+}
+
+/// What one stage sends for a micro-batch: activations on, gradients back, for each chunk. Today's stacks send each tensor-parallel
+/// rank's part only and overlap it in part.
+fn transfers(site: &Site<'_>) -> Seconds {
+    let layout = site.layout;
+    let neighbours_are_far = layout.tp * layout.cp * layout.dp >= site.links.node;
+    let exposed = if layout.overlap == Overlap::Full { OVERLAPPED_SEND_EXPOSED } else { 1.0 };
+    send(site.row() / layout.tp, neighbours_are_far, &site.links, site.constants) * (2.0 * layout.interleave * exposed)
+}
+
+/// Gradients to all data-parallel ranks, the optimiser, and its result back.
+fn after_the_pipeline(case: &Case<'_>, sites: &[Site<'_>], layers: f64, window: Seconds) -> Time {
+    let layout = &case.layout;
+    let parameters = stage_parameters(&case.shape, layout, layers, true);
+    let shards = if layout.zero >= 1 { layout.dp * layout.cp } else { 1.0 };
+    let compute = sites
+        .iter()
+        .map(|site| operators::optimiser(parameters / shards, &site.rates))
+        .fold(Seconds::ZERO, Seconds::max);
+    let communication = sites.iter().map(|site| gradients(site, layers)).fold(Seconds::ZERO, Seconds::max);
+    let hidden = match layout.overlap {
+        Overlap::None => Seconds::ZERO,
+        // The last micro-batch's backward and the next step's first forward.
+        Overlap::Data | Overlap::Full => {
+            let share = sites.first().map_or(0.0, |site| site.constants.overlap_data);
+            (communication * share).min(window)
+        }
+    };
+    Time { compute, communication: communication - hidden }
+}
+
+/// All gradients of the fullest stage, unsharded strategies only; FSDP moved them with each layer.
+fn gradients(site: &Site<'_>, layers: f64) -> Seconds {
+    let layout = site.layout;
+    if layout.zero >= 2 {
+        return Seconds::ZERO;
+    }
+    let ends = stage_parameters(site.shape, layout, 0.0, true);
+    let dense = site.shape.shared_layer_parameters() / layout.tp * layers + ends;
+    let experts = stage_parameters(site.shape, layout, layers, true) - dense - ends;
+    // Loss-scaled fp16 stacks reduce 16-bit gradients, today's bf16 stacks f32.
+    let gradient_bytes = if layout.stack == Stack::Classic { site.value_bytes } else { 4.0 };
+    let group = site.data_group();
+    let among_experts = Group { size: (group.size / layout.ep).max(1.0), ..group };
+    let both = |parameters: f64, group: Group| {
+        let reduced = gather(Bytes(parameters * gradient_bytes), group, &site.links, site.constants);
+        let returned_bytes = if layout.zero == 0 { gradient_bytes } else { site.value_bytes };
+        reduced + gather(Bytes(parameters * returned_bytes), group, &site.links, site.constants)
+    };
+    if site.shape.experts > 1.0 {
+        return both(dense, group) + both(experts.max(0.0), among_experts);
+    }
+    both(dense + experts.max(0.0), group)
+}

@@ -1,0 +1,205 @@
+//! Quantities as types, so that a gigabit is never added to a gigabyte.
+//!
+//! Each wraps one `f64` in the base unit that its name gives. Conversions are named constructors; the only arithmetic between
+//! different quantities is what makes sense: bytes / (bytes/s) = s, FLOP / (FLOP/s) = s, W × s = J.
+//!
+//! ```compile_fail
+//! use planner::units::{BitsPerSecond, Bytes};
+//! // Bits and bytes do not meet without `bytes_per_second()`.
+//! let _ = Bytes::from_gib(1.0) / BitsPerSecond::from_gigabits(1.0);
+//! ```
+
+use core::iter::Sum;
+use core::ops::{Add, AddAssign, Div, Mul, Sub};
+
+macro_rules! quantity {
+    ($(#[$documentation:meta])* $name:ident) => {
+        $(#[$documentation])*
+        #[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Default)]
+        pub struct $name(pub f64);
+
+        impl $name {
+            /// Nothing of it.
+            pub const ZERO: Self = Self(0.0);
+
+            /// The larger of two.
+            pub fn max(self, other: Self) -> Self {
+                Self(self.0.max(other.0))
+            }
+
+            /// The smaller of two.
+            pub fn min(self, other: Self) -> Self {
+                Self(self.0.min(other.0))
+            }
+        }
+
+        impl Add for $name {
+            type Output = Self;
+            fn add(self, other: Self) -> Self {
+                Self(self.0 + other.0)
+            }
+        }
+
+        impl AddAssign for $name {
+            fn add_assign(&mut self, other: Self) {
+                self.0 += other.0;
+            }
+        }
+
+        impl Sub for $name {
+            type Output = Self;
+            fn sub(self, other: Self) -> Self {
+                Self(self.0 - other.0)
+            }
+        }
+
+        impl Mul<f64> for $name {
+            type Output = Self;
+            fn mul(self, factor: f64) -> Self {
+                Self(self.0 * factor)
+            }
+        }
+
+        impl Div<f64> for $name {
+            type Output = Self;
+            fn div(self, divisor: f64) -> Self {
+                Self(self.0 / divisor)
+            }
+        }
+
+        /// How many times the other.
+        impl Div for $name {
+            type Output = f64;
+            fn div(self, other: Self) -> f64 {
+                self.0 / other.0
+            }
+        }
+
+        impl Sum for $name {
+            fn sum<I: Iterator<Item = Self>>(items: I) -> Self {
+                Self(items.map(|item| item.0).sum())
+            }
+        }
+    };
+}
+
+quantity!(
+    /// Bytes, of memory or on a link.
+    Bytes
+);
+quantity!(
+    /// Bytes per second: memory bandwidth, scale-up links.
+    BytesPerSecond
+);
+quantity!(
+    /// Bits per second: links of a network, as they are sold.
+    BitsPerSecond
+);
+quantity!(
+    /// Seconds.
+    Seconds
+);
+quantity!(
+    /// Floating-point operations; a multiply-add is two.
+    Flop
+);
+quantity!(
+    /// Floating-point operations per second.
+    FlopPerSecond
+);
+
+/// Bytes in a GiB.
+const GIB: f64 = 1_073_741_824.0;
+
+impl Bytes {
+    /// From GiB (2^30 bytes).
+    pub fn from_gib(gib: f64) -> Self {
+        Self(gib * GIB)
+    }
+
+    /// In GiB (2^30 bytes).
+    pub fn gib(self) -> f64 {
+        self.0 / GIB
+    }
+}
+
+impl BytesPerSecond {
+    /// From GB/s (10^9 bytes a second).
+    pub fn from_gigabytes(gigabytes: f64) -> Self {
+        Self(gigabytes * 1e9)
+    }
+}
+
+impl BitsPerSecond {
+    /// From Gbit/s (10^9 bits a second).
+    pub fn from_gigabits(gigabits: f64) -> Self {
+        Self(gigabits * 1e9)
+    }
+
+    /// In Gbit/s.
+    pub fn gigabits(self) -> f64 {
+        self.0 / 1e9
+    }
+
+    /// The same rate in bytes: eight bits are one.
+    pub fn bytes_per_second(self) -> BytesPerSecond {
+        BytesPerSecond(self.0 / 8.0)
+    }
+}
+
+impl FlopPerSecond {
+    /// From TFLOP/s (10^12 a second).
+    pub fn from_tera(tera: f64) -> Self {
+        Self(tera * 1e12)
+    }
+
+    /// In TFLOP/s.
+    pub fn tera(self) -> f64 {
+        self.0 / 1e12
+    }
+}
+
+impl Div<BytesPerSecond> for Bytes {
+    type Output = Seconds;
+    fn div(self, rate: BytesPerSecond) -> Seconds {
+        Seconds(self.0 / rate.0)
+    }
+}
+
+impl Div<FlopPerSecond> for Flop {
+    type Output = Seconds;
+    fn div(self, rate: FlopPerSecond) -> Seconds {
+        Seconds(self.0 / rate.0)
+    }
+}
+
+impl Div<Seconds> for Flop {
+    type Output = FlopPerSecond;
+    fn div(self, time: Seconds) -> FlopPerSecond {
+        FlopPerSecond(self.0 / time.0)
+    }
+}
+
+impl Div<Seconds> for Bytes {
+    type Output = BytesPerSecond;
+    fn div(self, time: Seconds) -> BytesPerSecond {
+        BytesPerSecond(self.0 / time.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_gigabits_carry_one_gigabyte() {
+        assert_eq!(BitsPerSecond::from_gigabits(8.0).bytes_per_second(), BytesPerSecond::from_gigabytes(1.0));
+        assert_eq!(Bytes(3e9) / BitsPerSecond::from_gigabits(8.0).bytes_per_second(), Seconds(3.0));
+    }
+
+    #[test]
+    fn a_gib_is_not_a_gigabyte() {
+        assert_eq!(Bytes::from_gib(1.0).0, 1_073_741_824.0);
+        assert_eq!(Bytes(1_073_741_824.0).gib(), 1.0);
+    }
+}
