@@ -119,7 +119,7 @@ mod properties {
         #![proptest_config(ProptestConfig::with_cases(24))]
 
         #[test]
-        fn a_better_cluster_never_has_a_worse_plan(devices in 16u32..200, gigabits in 0.1..100.0_f64, more in 1.0..5.0_f64) {
+        fn a_better_cluster_never_has_a_worse_plan(devices in 16_u32..200, gigabits in 0.1..100.0_f64, more in 1.0..5.0_f64) {
             let catalogue = Catalogue::built_in();
             let task = Task { shape: shape(32.0, 4096.0), global_batch: 256, tokens: 1e11 };
             let sites = [site(&catalogue, "A100", devices, gigabits), site(&catalogue, "A100", devices, gigabits)];
@@ -131,6 +131,8 @@ mod properties {
             device.memory_gib = device.memory_gib.map(|memory| memory * more);
             let roomier = sites.clone().map(|site| SiteSpec { device: &device, ..site });
             prop_assert!(best(&task, &roomier) <= now * (1.0 + 1e-9), "memory");
+            let larger = sites.clone().map(|site| SiteSpec { devices: site.devices + (f64::from(devices) * (more - 1.0) / 5.0) as u32, ..site });
+            prop_assert!(best(&task, &larger) <= now * (1.0 + 1e-9), "devices");
             let inner = sites.clone().map(|site| SiteSpec { network: site.network * more, ..site });
             prop_assert!(best(&task, &inner) <= now * (1.0 + 1e-9), "network");
         }

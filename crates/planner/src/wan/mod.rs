@@ -4,7 +4,7 @@
 //! S / rate + delay, and stalls the site only by what is not hidden:
 //! ```text
 //! synchronous, diloco, streaming     round = H t + sum over syncs of stall
-//! stall of a snapshot                max(0, coding + transfer - tau t)
+//! stall of a snapshot                max(0, coding + transfer - min(tau, H / P) t)
 //! utilisation                        H t / round
 //! ```
 //! [`schedule`] has the stall of stacks that send layer by layer during the backward pass. Speeds of sites differ: shares follow them

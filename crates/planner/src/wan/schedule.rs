@@ -1,7 +1,7 @@
 //! How much of a transfer stalls the site.
 //!
 //! Two kinds of stacks. One takes a *snapshot* at the end of an inner step, sends it, and needs the merge tau steps later: the stall is
-//! what the transfer takes longer than tau t. The other sends *layer by layer* during the backward pass, as data parallelism does
+//! what the transfer takes longer than tau t, or than H t / P, when the next fragment wants the link. The other sends *layer by layer* during the backward pass, as data parallelism does
 //! and as the published simulations of DiLoCo assume. With a forward pass of t/3 and a backward pass of 2t/3, the layer at depth
 //! z (0 is the first) has its gradient at
 //! ```text
@@ -29,7 +29,11 @@ const FRAGMENTS_MAX: usize = 256;
 /// Stall of a whole round whose transfers take `each` for each fragment.
 pub(super) fn stall(case: &RoundCase, each: Seconds) -> Seconds {
     match case.hiding {
-        Hiding::Snapshot => (each - case.step * case.overlap_steps).max(Seconds::ZERO) * case.fragments,
+        Hiding::Snapshot => {
+            // Fragments share one link: each has it until the next one's turn, H / P steps later.
+            let window = case.overlap_steps.min(case.inner_steps / case.fragments);
+            (each - case.step * window).max(Seconds::ZERO) * case.fragments
+        }
         Hiding::Layerwise => {
             let counted = (case.fragments as usize).clamp(1, FRAGMENTS_MAX);
             let sum: f64 = (0..counted).map(|fragment| layerwise(case, each / case.step, fragment, counted)).sum();
