@@ -208,6 +208,18 @@ impl Codec {
     }
 }
 
+/// How deltas get from site to site and are merged. The bits are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Exchange {
+    /// The one of the others that keeps the busiest link for a shorter time.
+    Auto,
+    /// Every site fetches every delta and merges all of it.
+    Mesh,
+    /// Every site merges one part of all deltas and gives that to the others, where the codec can be cut and all sites can be dialled.
+    Sharded,
+}
+
 /// `[sync]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -230,6 +242,8 @@ pub struct SyncSection {
     pub rank: u32,
     /// Whether H, fragments, overlap, codec and rank follow the measured links from what is set here. `streaming` only.
     pub adaptive: bool,
+    /// How deltas get from site to site: `auto`, `mesh` or `sharded`.
+    pub exchange: Exchange,
     /// Whether what coding lost stays in the site's own parameters, so that its next delta holds it. Otherwise the site takes over
     /// what was merged, and adds `error_feedback` of what was lost to its next delta.
     pub keep_residual: bool,
@@ -267,6 +281,7 @@ impl Default for SyncSection {
             codec: Codec::F32,
             rank: 10,
             adaptive: false,
+            exchange: Exchange::Auto,
             keep_residual: true,
             error_feedback: 1.0,
             outer_learning_rate: 1.0,
@@ -493,6 +508,12 @@ impl RunConfig {
     fn validate_sync(&self) -> Result<(), ConfigError> {
         let SyncSection { strategy, inner_steps, fragments, overlap_steps, adaptive, .. } = self.sync;
         let refuse = |field: &str, reason: String| Err(ConfigError::Value { field: format!("[sync] {field}"), reason });
+        if (self.sync.exchange, self.sync.codec, adaptive) == (Exchange::Sharded, Codec::LowRank, false) {
+            return refuse(
+                "exchange",
+                "sharded needs a codec that can be cut by values, and lowrank cannot".to_owned(),
+            );
+        }
         if strategy != Strategy::Streaming {
             let name = strategy.name();
             return match () {
@@ -612,6 +633,7 @@ mod tests {
         refuse(&|c| c.sync.fragments = 2);
         refuse(&|c| c.sync.overlap_steps = 1);
         refuse(&|c| c.sync.adaptive = true);
+        refuse(&|c| (c.sync.exchange, c.sync.codec) = (Exchange::Sharded, Codec::LowRank));
         let streaming = |fragments, overlap_steps| {
             move |c: &mut RunConfig| {
                 (c.sync.strategy, c.sync.inner_steps) = (Strategy::Streaming, 20);

@@ -89,6 +89,9 @@ impl Watch {
                 self.steps_per_round = (inner_steps / u64::from(*fragments).max(1)).max(1);
                 self.progress.say(&format!("from round {round} on: {reason}"));
             }
+            Event::ExchangeChosen { round, exchange, reason } => {
+                self.progress.say(&format!("from round {round} on: exchange {exchange}: {reason}"));
+            }
             Event::Evaluated { step, bits_per_byte, bigram_bits_per_byte, .. } => {
                 self.eta.observe_validation(self.last.elapsed().as_secs_f64());
                 self.position.bits_per_byte = Some(*bits_per_byte);

@@ -598,6 +598,10 @@ impl Shell {
                 let (codec, reason) = (codec.name().to_owned(), change.reason);
                 self.emit(Event::SettingsChanged { round, inner_steps, fragments, overlap_steps, codec, rank, reason });
             }
+            Note::ExchangeChosen { round, is_sharded, reason } => {
+                let exchange = if is_sharded { "sharded" } else { "mesh" }.to_owned();
+                self.emit(Event::ExchangeChosen { round, exchange, reason });
+            }
             Note::RolledBack { from, to } => {
                 let message = format!("no site holds round {from} any more: the run goes back to round {to}");
                 let hint = Some("save more often: lower [checkpoint] every_rounds".to_owned());

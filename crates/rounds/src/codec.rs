@@ -92,6 +92,33 @@ impl FragmentCodec {
         }
     }
 
+    /// Values that are coded together: where an encoding can be cut. `None` where it cannot be cut by values.
+    pub fn block_values(&self) -> Option<usize> {
+        match &self.0 {
+            Kind::Values { codec, .. } => Some(codec.block_values()),
+            Kind::LowRank(_) => None,
+        }
+    }
+
+    /// Where in an encoding these values lie, as an encoding of their own; `None` where it cannot be cut there.
+    pub fn slice(&self, values: &Range<u64>) -> Option<Range<usize>> {
+        let Kind::Values { codec, elements } = &self.0 else { return None };
+        let (start, end) = (usize::try_from(values.start).ok()?, usize::try_from(values.end).ok()?);
+        let can_be_cut = |end: usize| end == *elements || (end < *elements && end.is_multiple_of(codec.block_values()));
+        (start < end && can_be_cut(start) && can_be_cut(end)).then(|| codec.encoded_range(start..end, *elements))
+    }
+
+    /// As [`FragmentCodec::check`] for a [slice](FragmentCodec::slice) of `values` values.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_slice(&self, slice: &[u8], values: usize) -> Result<(), DecodeError> {
+        match &self.0 {
+            Kind::Values { codec, .. } => codec.check(slice, values),
+            Kind::LowRank(codec) => codec.check(slice),
+        }
+    }
+
     /// Whether some encoder can have written these bytes: a delta is looked at before anybody is told that it is held.
     ///
     /// # Errors
@@ -103,7 +130,8 @@ impl FragmentCodec {
         }
     }
 
-    /// `sum += weight * decoded`, in f32 with separate roundings.
+    /// `sum += weight * decoded`, in f32 with separate roundings. Of a [slice](FragmentCodec::slice) too: `sum` has then as many values, and
+    /// gets the bits that these have in the whole.
     ///
     /// # Errors
     /// As [`FragmentCodec::check`]; then nothing has changed.

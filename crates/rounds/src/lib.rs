@@ -10,6 +10,7 @@
 pub mod adaptive;
 mod codec;
 pub mod coordinator;
+pub mod exchange;
 pub mod ledger;
 pub mod member;
 pub mod merge;
@@ -22,6 +23,7 @@ pub mod stall;
 
 pub use codec::{EncoderMemory, FragmentCodec};
 pub use coordinator::{Command, Coordinator, Event, Settings};
+pub use exchange::{MergedPart, Part};
 pub use ledger::{Ledger, LedgerTotals, SampleRange};
 pub use member::{Member, MemberCommand, MemberEvent};
 pub use merge::{token_weighted_mean, token_weights};

@@ -9,8 +9,13 @@
 //! - the *host* encodes snapshots, fetches the others' deltas, and merges commits in order: each when all its deltas are held and
 //!   the own snapshot of that round, which is taken against the state before it, has been encoded.
 //!
+//! In a sharded round the host also merges one part of all deltas for everybody ([`sharded`]), and the commit is made of the merged parts.
+//!
 //! A directive of an older term is refused.
 
+mod sharded;
+
+use crate::exchange::{MergedPart, is_cut};
 use crate::plan::{
     Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan,
 };
@@ -33,12 +38,35 @@ pub enum MemberEvent {
         round: Round,
         /// What this site has to give.
         contribution: Contribution,
+        /// BLAKE3 of its slice for each part of the plan.
+        slice_hashes: Vec<ContentHash>,
     },
     /// A delta is held and its hash is right.
     DeltaHeld {
         /// Round of the plan.
         round: Round,
         /// Whose.
+        from: SiteId,
+    },
+    /// The slice of a delta is held and its hash is right.
+    SliceHeld {
+        /// Round of the plan.
+        round: Round,
+        /// Whose.
+        from: SiteId,
+    },
+    /// This site's part is merged and being served.
+    Reduced {
+        /// Round of the plan.
+        round: Round,
+        /// BLAKE3 of it.
+        hash: ContentHash,
+    },
+    /// A merged part is held and its hash is right.
+    PartHeld {
+        /// Round of the plan.
+        round: Round,
+        /// Who merged it.
         from: SiteId,
     },
     /// The global state of a round is in place.
@@ -109,7 +137,40 @@ pub enum MemberCommand {
         /// What to fetch.
         contributor: Contributor,
     },
-    /// Host: merge and take the outer step.
+    /// Fetch the slice of a delta from the site that made it.
+    FetchSlice {
+        /// Round of the plan.
+        round: Round,
+        /// Which fragment of how many.
+        fragment: FragmentPlan,
+        /// Which values of it: those that this site merges.
+        values: Range<u64>,
+        /// Whose.
+        from: SiteId,
+        /// BLAKE3 of the slice.
+        hash: ContentHash,
+    },
+    /// Host: merge the slices of these, in this order, and serve the result.
+    Reduce {
+        /// Round of the plan.
+        round: Round,
+        /// Which fragment of how many.
+        fragment: FragmentPlan,
+        /// Which values of it.
+        values: Range<u64>,
+        /// Whose, with their weights.
+        contributors: Vec<Contributor>,
+    },
+    /// Fetch a merged part from the site that made it, or from any other that holds it.
+    FetchPart {
+        /// Round of the plan.
+        round: Round,
+        /// Which fragment of how many.
+        fragment: FragmentPlan,
+        /// What to fetch.
+        part: MergedPart,
+    },
+    /// Host: merge, or take the merged parts, and take the outer step.
     Merge(Commit),
     /// Save everything and end the process well.
     Finish {
@@ -158,6 +219,7 @@ pub struct Member {
     encoded: BTreeSet<Round>,
     announced: BTreeMap<(Round, SiteId), Contributor>,
     held: BTreeSet<(Round, SiteId)>,
+    shards: sharded::Shards,
     /// Ascending, without gaps, the next to be merged first.
     commits: VecDeque<Commit>,
     merging: bool,
@@ -181,6 +243,7 @@ impl Member {
             encoded: BTreeSet::new(),
             announced: BTreeMap::new(),
             held: BTreeSet::new(),
+            shards: sharded::Shards::default(),
             commits: VecDeque::new(),
             merging: false,
             rejoining: false,
@@ -216,8 +279,13 @@ impl Member {
         let mut commands = Vec::new();
         match event {
             MemberEvent::Directive(directive) => self.follow(directive, &mut commands)?,
-            MemberEvent::Encoded { round, contribution } => self.encoded(round, contribution, &mut commands),
+            MemberEvent::Encoded { round, contribution, slice_hashes } => {
+                self.encoded(round, contribution, slice_hashes, &mut commands);
+            }
             MemberEvent::DeltaHeld { round, from } => self.delta_held(round, from, &mut commands),
+            MemberEvent::SliceHeld { round, from } => self.slice_held(round, from, &mut commands),
+            MemberEvent::Reduced { round, hash } => self.reduced(round, hash, &mut commands),
+            MemberEvent::PartHeld { round, from } => self.part_held(round, from, &mut commands),
             MemberEvent::StateHeld { round, state_hash } => {
                 self.start_over(round, state_hash);
                 commands.push(self.ready());
@@ -251,9 +319,17 @@ impl Member {
             }
             Directive::Begin(plan) => self.begin(plan, commands)?,
             Directive::DeltaReady { term, round, contributor } => {
-                let plan = self.plans.get(&round).filter(|plan| plan.term == term);
-                if let Some(fragment) = plan.map(|plan| plan.fragment) {
+                if let Some(fragment) = self.planned(term, round).map(|plan| plan.fragment) {
                     self.announce(round, fragment, contributor, commands);
+                }
+            }
+            Directive::SliceReady { term, round, from, hash } => {
+                self.slice_ready((term, round), from, hash, commands)?;
+            }
+            Directive::Reduce { term, round, contributors } => self.reduce((term, round), contributors, commands)?,
+            Directive::PartReady { term, round, part } => {
+                if let Some(fragment) = self.planned(term, round).map(|plan| plan.fragment) {
+                    self.announce_part(round, fragment, part, commands)?;
                 }
             }
             Directive::Commit(commit) => self.commit(commit, commands)?,
@@ -261,6 +337,10 @@ impl Member {
             Directive::Dropped { reason } => commands.push(MemberCommand::Quit(reason)),
         }
         Ok(())
+    }
+
+    fn planned(&self, term: Term, round: Round) -> Option<&RoundPlan> {
+        self.plans.get(&round).filter(|plan| plan.term == term)
     }
 
     /// Fetches a delta that is not held and not on its way. The own one is, unless this process did not make it.
@@ -299,6 +379,11 @@ impl Member {
         if commit.round != self.last_commit().next() || self.commits.len() >= WAITING_MAX {
             return Err(self.refuse(format!("a commit of round {}", commit.round)));
         }
+        if !commit.parts.is_empty() {
+            self.announce_parts(&commit, commands)?;
+            self.commits.push_back(commit);
+            return Ok(());
+        }
         for contributor in &commit.contributors {
             let announced = self.announced.get(&(commit.round, contributor.site));
             if announced.is_some_and(|announced| announced != contributor) {
@@ -315,6 +400,9 @@ impl Member {
             return Err(self.refuse(format!("a plan of the older term {}", plan.term)));
         }
         let newest = self.plans.keys().next_back().copied().unwrap_or(Round(0)).max(self.last_commit());
+        if !plan.parts.is_empty() && !is_cut(&plan.parts) {
+            return Err(self.refuse(format!("a plan for round {} whose parts are not one after the other", plan.round)));
+        }
         if plan.round <= self.last_commit() || plan.round > newest.next() || self.plans.len() >= WAITING_MAX {
             return Err(self.refuse(format!("a plan for round {}", plan.round)));
         }
@@ -332,6 +420,7 @@ impl Member {
         self.encoded.retain(|encoded| *encoded < round);
         self.announced.retain(|(announced, _), _| *announced < round);
         self.held.retain(|(held, _)| *held < round);
+        self.shards.retain(|planned| planned < round);
         if self.next.0 > round || self.next == (round, Place::Middle) {
             commands.push(MemberCommand::Abandon);
         }
@@ -345,11 +434,17 @@ impl Member {
         *self = Self { term: self.term, ..Self::new(self.site, round, state_hash, self.tokens_per_second) };
     }
 
-    fn encoded(&mut self, round: Round, contribution: Contribution, commands: &mut Vec<MemberCommand>) {
+    fn encoded(
+        &mut self,
+        round: Round,
+        contribution: Contribution,
+        slice_hashes: Vec<ContentHash>,
+        commands: &mut Vec<MemberCommand>,
+    ) {
         if self.works_in(round) {
             self.encoded.insert(round);
             self.held.insert((round, self.site));
-            commands.push(MemberCommand::Report(Report::Computed { round, contribution }));
+            commands.push(MemberCommand::Report(Report::Computed { round, contribution, slice_hashes }));
         }
     }
 
@@ -363,7 +458,10 @@ impl Member {
     fn merge_when_possible(&mut self, commands: &mut Vec<MemberCommand>) {
         let Some(commit) = self.commits.front() else { return };
         let round = commit.round;
-        let all_held = commit.contributors.iter().all(|contributor| self.held.contains(&(round, contributor.site)));
+        let all_held = match commit.parts.is_empty() {
+            true => commit.contributors.iter().all(|contributor| self.held.contains(&(round, contributor.site))),
+            false => self.shards.hold_all(commit),
+        };
         let own_taken = self.encoded.contains(&round) || !self.works_in(round);
         if !self.merging && all_held && own_taken {
             self.merging = true;
@@ -379,6 +477,7 @@ impl Member {
         (self.round, self.state_hash) = (round, state_hash);
         self.announced.retain(|(announced, _), _| *announced > round);
         self.held.retain(|(held, _)| *held > round);
+        self.shards.retain(|planned| planned > round);
         self.encoded.retain(|encoded| *encoded > round);
         self.forget_plans();
         commands.push(MemberCommand::Report(Report::Applied { round, state_hash }));

@@ -2,7 +2,8 @@
 //!
 //! D = sum_i (T_i / sum T) * decode(q_i) in f32, contributors in ascending order of site id, so that every site computes the
 //! same bits. The weight is rounded to f32 once; products and sums are separate roundings (Rust never contracts
-//! them into a fused multiply-add).
+//! them into a fused multiply-add). Each value is the sum of the same products in the same order wherever it is computed: the merge of
+//! slices is a slice of the merge.
 
 use crate::codec::FragmentCodec;
 use formats::DecodeError;
@@ -34,9 +35,13 @@ pub fn token_weighted_mean(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::EncoderMemory;
     use crate::plan::FragmentPlan;
     use base::ParameterSchema;
     use base::config::Codec;
+    use base::random::Random;
+    use proptest::prelude::*;
+    use std::ops::Range;
 
     /// Of a fragment of two values.
     fn uncoded() -> FragmentCodec {
@@ -63,5 +68,70 @@ mod tests {
     fn another_models_delta_is_refused() {
         let delta = encoded(&[1.0, 2.0, 3.0]);
         token_weighted_mean(&uncoded(), &[(1, &delta)], &mut [0.0; 2]).unwrap_err();
+    }
+
+    const CUT: [Codec; 7] =
+        [Codec::F32, Codec::Bf16, Codec::Int8, Codec::E3m0, Codec::Mxfp4, Codec::Sparse96, Codec::Sparse];
+
+    /// Ranges of whole blocks, cut where `marks` say, 0 to 1.
+    fn ranges(elements: usize, block: usize, marks: &[f64]) -> Vec<Range<u64>> {
+        let blocks = elements.div_ceil(block);
+        let mut ends: Vec<usize> = marks.iter().map(|mark| (mark * blocks as f64) as usize * block).collect();
+        ends.extend([0, elements]);
+        ends.sort_unstable();
+        ends.dedup();
+        ends.windows(2).map(|pair| pair[0] as u64..pair[1] as u64).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn the_merge_of_slices_has_the_bits_of_the_merge_of_deltas(
+            codec in prop::sample::select(CUT.to_vec()), elements in 1usize..20_000, seed in any::<u64>(),
+            tokens in prop::collection::vec(0u64..5_000, 1..5), marks in prop::collection::vec(0.0f64..1.0, 0..6),
+        ) {
+            let schema = ParameterSchema::new([("weight".to_owned(), vec![elements])]);
+            let plan = FragmentPlan { index: 0, count: 1, codec, rank: 0 };
+            let codec = FragmentCodec::new(plan, 1, &schema, &schema.whole());
+            let mut random = Random::new(seed, 0);
+            let mut delta = || -> Vec<u8> {
+                let mut values: Vec<f32> = (0..elements).map(|_| random.next_normal() * 1e-2).collect();
+                codec.encode(&mut values, &mut EncoderMemory::default())
+            };
+            let deltas: Vec<(u64, Vec<u8>)> = tokens.iter().map(|tokens| (*tokens, delta())).collect();
+            let of = |range: Range<usize>| -> Vec<(u64, &[u8])> {
+                deltas.iter().map(|(tokens, delta)| (*tokens, &delta[range.clone()])).collect()
+            };
+            let mut whole = vec![0.0; elements];
+            token_weighted_mean(&codec, &of(0..codec.encoded_bytes()), &mut whole).unwrap();
+            let mut parts = Vec::new();
+            for values in ranges(elements, codec.block_values().unwrap(), &marks) {
+                let mut part = vec![1.0; (values.end - values.start) as usize];
+                let slices = of(codec.slice(&values).unwrap());
+                slices.iter().for_each(|(_, slice)| codec.check_slice(slice, part.len()).unwrap());
+                token_weighted_mean(&codec, &slices, &mut part).unwrap();
+                parts.extend(part);
+            }
+            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&parts), bits(&whole));
+        }
+    }
+
+    #[test]
+    fn no_slice_cuts_a_block_or_ends_beyond_the_values() {
+        let schema = ParameterSchema::new([("weight".to_owned(), vec![1_000])]);
+        let of = |codec| {
+            let plan = FragmentPlan { index: 0, count: 1, codec, rank: 0 };
+            FragmentCodec::new(plan, 1, &schema, &schema.whole())
+        };
+        let int8 = of(Codec::Int8);
+        assert_eq!(int8.slice(&(128..256)), Some(130..260));
+        assert_eq!(int8.slice(&(896..1_000)), Some(7 * 130..1_000 + 16));
+        for range in [100..128, 128..200, 128..128, 0..2_000, 1_000..1_128, u64::MAX - 127..u64::MAX] {
+            assert_eq!(int8.slice(&range), None, "{range:?}");
+        }
+        let low_rank = of(Codec::LowRank);
+        assert_eq!((low_rank.slice(&(0..1_000)), low_rank.block_values()), (None, None));
     }
 }

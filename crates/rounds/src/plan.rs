@@ -1,5 +1,6 @@
 //! What the coordinator and the sites say to each other, as plain data. `wire` gives it bytes.
 
+use crate::exchange::{MergedPart, Part};
 use crate::ledger::SampleRange;
 use crate::schedule::Effects;
 use crate::shares::step_samples;
@@ -87,6 +88,8 @@ pub struct RoundPlan {
     pub effects: Effects,
     /// Work, ascending by site. A site that is not listed only follows.
     pub assignments: Vec<Assignment>,
+    /// Who merges which values for all, where the round is sharded; empty where every site fetches and merges every delta.
+    pub parts: Vec<Part>,
 }
 
 /// What a site has to give for a round.
@@ -186,13 +189,17 @@ pub struct Commit {
     pub step: u64,
     /// Samples of the run whose training is part of the model.
     pub samples: u64,
+    /// The merge, where the round was sharded: every value of the fragment, in order. Else the deltas are to be merged.
+    #[serde(default)]
+    pub parts: Vec<MergedPart>,
 }
 
 impl Commit {
     /// Round 0: the state that every run begins with.
     pub fn initial() -> Self {
         let fragment = FragmentPlan { index: 0, count: 1, codec: Codec::F32, rank: 0 };
-        Self { term: Term(0), round: Round(0), fragment, contributors: Vec::new(), cursor: 0, step: 0, samples: 0 }
+        let (contributors, parts) = (Vec::new(), Vec::new());
+        Self { term: Term(0), round: Round(0), fragment, contributors, cursor: 0, step: 0, samples: 0, parts }
     }
 }
 
@@ -220,6 +227,35 @@ pub enum Directive {
         round: Round,
         /// What to fetch.
         contributor: Contributor,
+    },
+    /// A slice of a site's delta can be fetched from it: those values that the receiver merges in this round.
+    SliceReady {
+        /// Term of the plan.
+        term: Term,
+        /// Round of the plan.
+        round: Round,
+        /// Whose.
+        from: SiteId,
+        /// BLAKE3 of the slice.
+        hash: ContentHash,
+    },
+    /// Merge the slices of these, ascending by site, and give the result to all. The receiver holds them.
+    Reduce {
+        /// Term of the plan.
+        term: Term,
+        /// Round of the plan.
+        round: Round,
+        /// Whose, with their weights.
+        contributors: Vec<Contributor>,
+    },
+    /// A merged part can be fetched from the site that made it, or from any other that holds it.
+    PartReady {
+        /// Term of the plan.
+        term: Term,
+        /// Round of the plan.
+        round: Round,
+        /// What to fetch.
+        part: MergedPart,
     },
     /// Merge these and take the outer step.
     Commit(Commit),
@@ -313,12 +349,35 @@ pub enum Report {
         round: Round,
         /// What it has.
         contribution: Contribution,
+        /// BLAKE3 of its slice for each part of the plan, in that order; none where the plan has none.
+        slice_hashes: Vec<ContentHash>,
     },
     /// It has fetched and checked a delta.
     Holds {
         /// Round of the plan.
         round: Round,
         /// Whose.
+        from: SiteId,
+    },
+    /// It has fetched and checked the slice of a delta that it is to merge.
+    HoldsSlice {
+        /// Round of the plan.
+        round: Round,
+        /// Whose.
+        from: SiteId,
+    },
+    /// It has merged its part, and all others can fetch that.
+    Reduced {
+        /// Round of the plan.
+        round: Round,
+        /// BLAKE3 of the merged part.
+        hash: ContentHash,
+    },
+    /// It has fetched and checked a merged part.
+    HoldsPart {
+        /// Round of the plan.
+        round: Round,
+        /// Who merged it.
         from: SiteId,
     },
     /// It has taken the outer step.

@@ -4,14 +4,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helper may panic")]
 
-use base::config::{Strategy, SyncSection};
+use base::config::{Exchange, Strategy, SyncSection};
 use base::random::Random;
 use base::{ContentHash, ParameterSchema, Round, SiteId};
 use rounds::adaptive::Choice;
 use rounds::coordinator::{Lateness, Note, Record};
-use rounds::plan::{Contribution, Directive, LINK_REPORTS_MAX, LeaveReason, LinkReport, Measurement, Peer, Report};
+use rounds::exchange::is_cut;
+use rounds::plan::{
+    Contribution, Contributor, Directive, LINK_REPORTS_MAX, LeaveReason, LinkReport, Measurement, Peer, Report,
+};
 use rounds::{Command, Coordinator, Event, FragmentPlan, Member, MemberCommand, MemberEvent, RoundPlan, Settings};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
 
 const INITIAL: ContentHash = ContentHash([7; 32]);
 
@@ -26,21 +30,32 @@ struct Shape {
     fragments: u32,
     overlap_steps: u64,
     quorum: f64,
+    exchange: Exchange,
 }
 
-const DILOCO: Shape = Shape { fragments: 1, overlap_steps: 0, quorum: 1.0 };
+impl Shape {
+    const fn mesh(fragments: u32, overlap_steps: u64, quorum: f64) -> Self {
+        Self { fragments, overlap_steps, quorum, exchange: Exchange::Mesh }
+    }
+
+    const fn sharded(self) -> Self {
+        Self { exchange: Exchange::Sharded, ..self }
+    }
+}
+
+const DILOCO: Shape = Shape::mesh(1, 0, 1.0);
 
 const STREAMING: [Shape; 6] = [
-    Shape { fragments: 1, overlap_steps: 1, quorum: 1.0 },
-    Shape { fragments: 1, overlap_steps: 3, quorum: 0.5 },
-    Shape { fragments: 2, overlap_steps: 0, quorum: 1.0 },
-    Shape { fragments: 2, overlap_steps: 5, quorum: 0.5 },
-    Shape { fragments: 4, overlap_steps: 8, quorum: 1.0 },
-    Shape { fragments: 4, overlap_steps: 15, quorum: 1.0 },
+    Shape::mesh(1, 1, 1.0),
+    Shape::mesh(1, 3, 0.5),
+    Shape::mesh(2, 0, 1.0),
+    Shape::mesh(2, 5, 0.5),
+    Shape::mesh(4, 8, 1.0),
+    Shape::mesh(4, 15, 1.0),
 ];
 
 fn settings(sites: u32, rounds: u64, shape: Shape) -> Settings {
-    let Shape { fragments, overlap_steps, quorum } = shape;
+    let Shape { fragments, overlap_steps, quorum, exchange } = shape;
     let strategy = if fragments == 1 && overlap_steps == 0 { Strategy::DiLoCo } else { Strategy::Streaming };
     let inner_steps = STEPS_PER_ROUND * u64::from(fragments);
     let sync = SyncSection {
@@ -49,7 +64,13 @@ fn settings(sites: u32, rounds: u64, shape: Shape) -> Settings {
         fragments,
         overlap_steps,
         quorum,
-        grace_seconds: 0.2,
+        exchange,
+        // Reducers take turns of some tenths of a second.
+        grace_seconds: match exchange {
+            Exchange::Sharded if quorum == 1.0 => 5.0,
+            Exchange::Sharded => 1.0,
+            _ => 0.2,
+        },
         deadline_seconds: 10.0,
         ..SyncSection::default()
     };
@@ -76,6 +97,22 @@ fn state_after(before: ContentHash, commit: &rounds::Commit) -> ContentHash {
     ContentHash::finish(&hasher)
 }
 
+/// The hash that stands for some values of a delta.
+fn slice_of(delta: ContentHash, values: &Range<u64>) -> ContentHash {
+    ContentHash::of(&[&delta.0[..], &values.start.to_le_bytes(), &values.end.to_le_bytes()].concat())
+}
+
+/// The hash that stands for the merge of those values.
+fn merge_of(contributors: &[Contributor], values: &Range<u64>) -> ContentHash {
+    let mut hasher = ContentHash::hasher();
+    for contributor in contributors {
+        hasher.update(&contributor.site.0.to_le_bytes());
+        hasher.update(&contributor.tokens.to_le_bytes());
+        hasher.update(&slice_of(contributor.delta_hash, values).0);
+    }
+    ContentHash::finish(&hasher)
+}
+
 /// What an engine was told, in words.
 type Trace = Vec<String>;
 
@@ -87,7 +124,11 @@ struct FakeSite {
     engine: VecDeque<MemberCommand>,
     host: VecDeque<HostWork>,
     /// Transfers, which end in any order.
-    transfers: Vec<MemberEvent>,
+    transfers: Vec<Transfer>,
+    /// What others can fetch from it.
+    served: BTreeSet<ContentHash>,
+    /// Slices that it holds.
+    slices: BTreeMap<(Round, SiteId), ContentHash>,
     trace: Trace,
     /// Inner steps made, and the last commit that the engine has taken over.
     applied: Round,
@@ -95,7 +136,25 @@ struct FakeSite {
 
 enum HostWork {
     Encode(RoundPlan),
+    Reduce { round: Round, values: Range<u64>, contributors: Vec<Contributor> },
     Merge(rounds::Commit),
+}
+
+/// Something that is fetched.
+struct Transfer {
+    event: MemberEvent,
+    hash: ContentHash,
+    from: Source,
+}
+
+/// Who must have it before it can come.
+#[derive(Clone, Copy)]
+enum Source {
+    /// Nobody: a delta or state that several hold. It may be lost with all of them; then whoever lacks it is dropped and comes back, which
+    /// nobody does here.
+    Several,
+    Anybody,
+    Only(SiteId),
 }
 
 struct World {
@@ -117,6 +176,12 @@ struct World {
     traces: BTreeMap<SiteId, Trace>,
     /// Sites whose engine stands still.
     stuck: Vec<SiteId>,
+    /// Sites whose host does nothing for others.
+    idle_reducers: Vec<SiteId>,
+    /// Whether rounds are sharded, as people were told.
+    exchanges: Vec<(Round, bool)>,
+    /// Merged parts that were fetched because of a commit.
+    parts_caught_up: usize,
 }
 
 impl World {
@@ -143,6 +208,9 @@ impl World {
             link_bytes_per_second: |_| 1.0,
             traces: BTreeMap::new(),
             stuck: Vec::new(),
+            idle_reducers: Vec::new(),
+            exchanges: Vec::new(),
+            parts_caught_up: 0,
         };
         (0..sites).for_each(|site| world.join(SiteId(site), (Round(0), INITIAL)));
         world
@@ -154,7 +222,9 @@ impl World {
         let MemberCommand::Report(ready) = member.start() else { panic!("a site starts with a report") };
         let (inbox, engine, host) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
         let (transfers, trace, applied) = (Vec::new(), Vec::new(), state.0);
-        self.sites.insert(site, FakeSite { member, state, inbox, engine, host, transfers, trace, applied });
+        let (served, slices) = (BTreeSet::new(), BTreeMap::new());
+        let fake = FakeSite { member, state, inbox, engine, host, transfers, served, slices, trace, applied };
+        self.sites.insert(site, fake);
         let peer = Peer { site, name: format!("site-{site}"), address: "127.0.0.1:1".to_owned(), fingerprint: INITIAL };
         self.tell_coordinator(Event::Connected(peer));
         self.tell_coordinator(Event::Reported(site, ready));
@@ -183,6 +253,9 @@ impl World {
                 Command::Done => self.done = true,
                 Command::Note(Note::Straggler { site, reason, .. }) => self.stragglers.push((site, reason)),
                 Command::Note(Note::RoundStarted(plan)) => self.plan = Some(plan),
+                Command::Note(Note::ExchangeChosen { round, is_sharded, .. }) => {
+                    self.exchanges.push((round, is_sharded))
+                }
                 Command::Note(_) => {}
             }
         }
@@ -191,6 +264,7 @@ impl World {
 
     fn tell_site(&mut self, id: SiteId, event: MemberEvent) {
         let Some(site) = self.sites.get_mut(&id) else { return };
+        let by_commit = matches!(event, MemberEvent::Directive(Directive::Commit(_)));
         let commands = site.member.handle(event).unwrap_or_else(|error| panic!("site {id}: {error}"));
         for command in commands {
             let Some(site) = self.sites.get_mut(&id) else { return };
@@ -201,12 +275,13 @@ impl World {
                     // A real site offers the state that it holds now, and one that somebody is fetching.
                     let found = from.iter().any(|peer| self.sites.get(peer).is_some_and(|peer| peer.state == held));
                     let site = self.sites.get_mut(&id).unwrap();
-                    site.transfers.push(if found {
+                    let event = if found {
                         (site.state, site.applied) = (held, held.0);
                         MemberEvent::StateHeld { round: commit.round, state_hash }
                     } else {
                         MemberEvent::StateUnavailable
-                    });
+                    };
+                    site.transfers.push(Transfer { event, hash: state_hash, from: Source::Several });
                 }
                 MemberCommand::Train { .. } | MemberCommand::Snapshot { .. } | MemberCommand::Apply { .. } => {
                     site.engine.push_back(command);
@@ -216,7 +291,22 @@ impl World {
                     site.host.retain(|work| matches!(work, HostWork::Merge(_)));
                 }
                 MemberCommand::FetchDelta { round, contributor, .. } => {
-                    site.transfers.push(MemberEvent::DeltaHeld { round, from: contributor.site });
+                    let event = MemberEvent::DeltaHeld { round, from: contributor.site };
+                    site.transfers.push(Transfer { event, hash: contributor.delta_hash, from: Source::Several });
+                }
+                MemberCommand::FetchSlice { round, from, hash, .. } => {
+                    let event = MemberEvent::SliceHeld { round, from };
+                    site.transfers.push(Transfer { event, hash, from: Source::Only(from) });
+                }
+                MemberCommand::FetchPart { round, part, .. } => {
+                    let event = MemberEvent::PartHeld { round, from: part.part.site };
+                    self.parts_caught_up += usize::from(by_commit);
+                    let is_late = by_commit || self.shape.quorum < 1.0;
+                    let from = if is_late { Source::Several } else { Source::Anybody };
+                    site.transfers.push(Transfer { event, hash: part.hash, from });
+                }
+                MemberCommand::Reduce { round, values, contributors, .. } => {
+                    site.host.push_back(HostWork::Reduce { round, values, contributors });
                 }
                 MemberCommand::Merge(commit) => site.host.push_back(HostWork::Merge(commit)),
                 MemberCommand::Finish { state_hash, round } => {
@@ -271,9 +361,30 @@ impl World {
                     let measurement = self.measurement(id, plan.round);
                     self.tell_coordinator(Event::Reported(id, Report::Measured { round: plan.round, measurement }));
                 }
-                self.tell_site(id, MemberEvent::Encoded { round: plan.round, contribution });
+                let slice_hashes: Vec<ContentHash> =
+                    plan.parts.iter().map(|part| slice_of(delta_hash, &part.values)).collect();
+                let site = self.sites.get_mut(&id).unwrap();
+                site.served.extend(slice_hashes.iter().copied().chain([delta_hash]));
+                for part in plan.parts.iter().filter(|part| part.site == id) {
+                    site.slices.insert((plan.round, id), slice_of(delta_hash, &part.values));
+                }
+                self.tell_site(id, MemberEvent::Encoded { round: plan.round, contribution, slice_hashes });
+            }
+            Some(HostWork::Reduce { .. }) if self.idle_reducers.contains(&id) => {}
+            Some(HostWork::Reduce { round, values, contributors }) => {
+                for contributor in &contributors {
+                    let slice = site.slices[&(round, contributor.site)];
+                    assert_eq!(slice, slice_of(contributor.delta_hash, &values), "a slice of another delta");
+                }
+                let hash = merge_of(&contributors, &values);
+                site.served.insert(hash);
+                self.tell_site(id, MemberEvent::Reduced { round, hash });
             }
             Some(HostWork::Merge(commit)) => {
+                assert!(commit.parts.is_empty() || is_cut(commit.parts.iter().map(|merged| &merged.part)));
+                for merged in &commit.parts {
+                    assert_eq!(merged.hash, merge_of(&commit.contributors, &merged.part.values), "{}", commit.round);
+                }
                 let state_hash = state_after(site.state.1, &commit);
                 site.state = (commit.round, state_hash);
                 let expected = *self.agreed.entry(commit.round).or_insert(state_hash);
@@ -302,6 +413,15 @@ impl World {
         held.into_iter().for_each(|(site, state)| self.join(site, state));
     }
 
+    /// Sites that the coordinator went on without come back with nothing, as their people are told to let them.
+    fn bring_back_the_dropped(&mut self, sites: u32) {
+        for site in (0..sites).map(SiteId) {
+            if !self.done && !self.sites.contains_key(&site) {
+                self.join(site, (Round(0), INITIAL));
+            }
+        }
+    }
+
     /// What the log says of changed settings, in order.
     fn changes(&self) -> Vec<(Round, Choice)> {
         let change = |record: &Record| match record {
@@ -309,6 +429,26 @@ impl World {
             _ => None,
         };
         self.records.iter().filter_map(change).collect()
+    }
+
+    /// A transfer ends, if somebody has what it fetches.
+    fn transfer(&mut self, id: SiteId, index: usize) {
+        let Transfer { hash, from, .. } = self.sites[&id].transfers[index];
+        let can_come = match from {
+            Source::Several => true,
+            Source::Anybody => self.sites.values().any(|site| site.served.contains(&hash)),
+            Source::Only(maker) => self.sites.get(&maker).is_some_and(|site| site.served.contains(&hash)),
+        };
+        if !can_come {
+            return;
+        }
+        let site = self.sites.get_mut(&id).unwrap();
+        let event = site.transfers.remove(index).event;
+        site.served.insert(hash);
+        if let MemberEvent::SliceHeld { round, from } = event {
+            site.slices.insert((round, from), hash);
+        }
+        self.tell_site(id, event);
     }
 
     /// One random thing that can happen now.
@@ -326,8 +466,7 @@ impl World {
             1 => self.host_step(id),
             2 if !site.transfers.is_empty() => {
                 let index = self.random.next_below(site.transfers.len() as u64) as usize;
-                let event = site.transfers.remove(index);
-                self.tell_site(id, event);
+                self.transfer(id, index);
             }
             3 => {
                 if let Some(directive) = site.inbox.pop_front() {
@@ -354,7 +493,16 @@ impl World {
 }
 
 fn shapes() -> impl Iterator<Item = Shape> {
-    std::iter::once(DILOCO).chain(STREAMING)
+    let mesh = || std::iter::once(DILOCO).chain(STREAMING);
+    mesh().chain(mesh().map(Shape::sharded))
+}
+
+/// Commits so far, with whether they were sharded.
+fn commits(world: &World) -> impl Iterator<Item = &rounds::Commit> {
+    world.records.iter().filter_map(|record| match record {
+        Record::Committed(committed) => Some(&committed.commit),
+        _ => None,
+    })
 }
 
 #[test]
@@ -367,6 +515,13 @@ fn three_sites_finish_with_one_state() {
         let totals = world.coordinator.ledger().totals();
         let sums = (totals.committed, totals.returned, totals.lost, totals.open);
         assert_eq!(sums, (6 * 4 * 8, 0, 0, 0), "seed {seed}, {shape:?}");
+        let sharded = commits(&world).filter(|commit| !commit.parts.is_empty()).count() as u64;
+        match shape.exchange {
+            Exchange::Sharded if shape.quorum == 1.0 => assert_eq!(sharded, world.commits, "seed {seed}, {shape:?}"),
+            // With a quorum some are given back to the mesh.
+            Exchange::Sharded => {}
+            _ => assert_eq!(sharded, 0, "seed {seed}, {shape:?}"),
+        }
     }
 }
 
@@ -394,8 +549,8 @@ fn an_engine_does_the_same_in_the_same_order_whatever_arrives_when() {
 
 #[test]
 fn a_quorum_goes_on_without_a_site_that_is_late_and_its_work_counts_later() {
-    for seed in 0..30 {
-        let shape = Shape { fragments: 2, overlap_steps: 3, quorum: 0.5 };
+    let mesh = Shape::mesh(2, 3, 0.5);
+    for (seed, shape) in (0..30).flat_map(|seed| [(seed, mesh), (seed, mesh.sharded())]) {
         let mut world = World::new(seed, 3, 12, shape);
         world.stuck.push(SiteId(2));
         while world.commits < 2 {
@@ -416,12 +571,14 @@ fn a_quorum_goes_on_without_a_site_that_is_late_and_its_work_counts_later() {
                 weights[committed.commit.fragment.index as usize] += tokens;
             }
         }
+        assert!(shape.exchange == Exchange::Mesh || commits(&world).any(|commit| !commit.parts.is_empty()));
         assert_eq!(weights, [12 * 4 * 8 * 16; 2], "seed {seed}");
     }
 }
 
 #[test]
 fn sites_leave_and_come_back_and_nothing_is_lost() {
+    let (mut sharded, mut caught_up) = (0, 0);
     for (seed, shape) in (0..100).flat_map(|seed| shapes().map(move |shape| (seed, shape))) {
         let mut world = World::new(seed, 3, 8, shape);
         for _ in 0..6 {
@@ -448,7 +605,112 @@ fn sites_leave_and_come_back_and_nothing_is_lost() {
         let totals = world.coordinator.ledger().totals();
         assert_eq!(totals.open, 0, "seed {seed}, {shape:?}");
         assert_eq!(world.coordinator.last().commit.round, Round(world.rounds_total(8)), "seed {seed}, {shape:?}");
+        sharded += commits(&world).filter(|commit| !commit.parts.is_empty()).count();
+        caught_up += world.parts_caught_up;
     }
+    assert!(sharded > 0 && caught_up > 0, "{sharded} sharded commits, {caught_up} parts fetched for a commit");
+}
+
+/// How far a sharded round has come.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Stage {
+    Gather,
+    Reduce,
+    Spread,
+}
+
+fn is_at(world: &World, stage: Stage) -> bool {
+    world.sites.values().any(|site| match stage {
+        Stage::Gather => !site.slices.is_empty(),
+        Stage::Reduce => site.host.iter().any(|work| matches!(work, HostWork::Reduce { .. })),
+        Stage::Spread => site.transfers.iter().any(|transfer| matches!(transfer.event, MemberEvent::PartHeld { .. })),
+    })
+}
+
+#[test]
+fn a_reducer_that_leaves_at_any_stage_gives_the_round_back_to_the_mesh() {
+    let stages = [Stage::Gather, Stage::Reduce, Stage::Spread];
+    let cases = (0..20).flat_map(|seed| stages.map(|stage| (seed, stage)));
+    for (seed, stage) in cases {
+        for shape in [DILOCO.sharded(), Shape::mesh(2, 5, 1.0).sharded()] {
+            let mut world = World::new(seed, 4, 6, shape);
+            while !is_at(&world, stage) {
+                world.step();
+                assert!(world.now < 1e3, "seed {seed}, {shape:?}: never at {stage:?}");
+            }
+            let leaver = SiteId(world.random.next_below(4) as u32);
+            world.sites.remove(&leaver);
+            world.tell_coordinator(Event::Disconnected(leaver, LeaveReason::ConnectionLost));
+            world.run(50_000);
+            assert!(world.done, "seed {seed}, {stage:?}, {shape:?}: stuck after {} commits", world.commits);
+            let totals = world.coordinator.ledger().totals();
+            assert_eq!((totals.open, totals.lost), (0, 0), "seed {seed}, {stage:?}");
+            assert_eq!(totals.leased, totals.committed + totals.returned, "seed {seed}, {stage:?}");
+            // The others go on sharded.
+            let last = commits(&world).last().unwrap();
+            assert_eq!(last.parts.len(), 3, "seed {seed}, {stage:?}, {shape:?}: {last:?}");
+        }
+    }
+}
+
+#[test]
+fn a_reducer_that_does_not_merge_holds_up_one_round_and_the_mesh_follows() {
+    for seed in 0..20 {
+        let shape = DILOCO.sharded();
+        let mut world = World::new(seed, 3, 6, shape);
+        world.idle_reducers.push(SiteId(1));
+        world.run(50_000);
+        assert!(world.done, "seed {seed}: stuck after {} commits", world.commits);
+        assert_eq!(world.exchanges, [(Round(1), true), (Round(1), false)], "seed {seed}");
+        let totals = world.coordinator.ledger().totals();
+        assert_eq!((totals.committed, totals.returned, totals.open), (6 * 4 * 8, 0, 0), "seed {seed}");
+        assert_eq!(world.traces.len(), 3, "nobody was dropped");
+        assert!(commits(&world).all(|commit| commit.parts.is_empty() && commit.contributors.len() == 3));
+    }
+}
+
+#[test]
+fn a_slice_that_never_comes_is_fetched_in_the_mesh_at_last() {
+    for seed in 0..20 {
+        let mut world = World::new(seed, 3, 4, DILOCO.sharded());
+        // What site 2 serves of its first delta in slices is damaged; the whole is not.
+        while !world.sites[&SiteId(2)].slices.contains_key(&(Round(1), SiteId(2))) {
+            world.step();
+        }
+        world.sites.get_mut(&SiteId(2)).unwrap().served.clear();
+        world.run(50_000);
+        assert!(world.done, "seed {seed}: stuck after {} commits", world.commits);
+        assert_eq!(world.exchanges.first_chunk(), Some(&[(Round(1), true), (Round(1), false)]), "seed {seed}");
+        assert_eq!(commits(&world).map(|commit| commit.contributors.len()).collect::<Vec<_>>(), [3; 4]);
+    }
+}
+
+#[test]
+fn a_wrong_number_of_slices_is_refused_and_a_merge_that_was_not_asked_for_ignored() {
+    let mut world = World::new(2, 2, 4, DILOCO.sharded());
+    let plan = loop {
+        world.step();
+        if let Some(plan) = world.plan.clone() {
+            break plan;
+        }
+    };
+    assert_eq!(plan.parts.len(), 2);
+    world.tell_coordinator(Event::Reported(SiteId(0), Report::Reduced { round: plan.round, hash: INITIAL }));
+    world.tell_coordinator(Event::Reported(SiteId(0), Report::HoldsSlice { round: plan.round, from: SiteId(1) }));
+    world.tell_coordinator(Event::Reported(SiteId(0), Report::HoldsPart { round: plan.round, from: SiteId(1) }));
+    let contribution = Contribution {
+        tokens: plan.assignments[0].samples * 16,
+        delta_hash: INITIAL,
+        delta_bytes: 8 * LAYER_ELEMENTS as u64 * 4,
+        loss_nats: 1.0,
+        compute_seconds: 1.0,
+    };
+    let report = Report::Computed { round: plan.round, contribution, slice_hashes: vec![INITIAL] };
+    world.tell_coordinator(Event::Reported(SiteId(0), report));
+    world.run(20_000);
+    assert!(world.done, "the other site goes on alone");
+    assert_eq!(world.commits, 4);
+    assert!(commits(&world).all(|commit| commit.contributors.len() == 1 && commit.contributors[0].site == SiteId(1)));
 }
 
 #[test]
@@ -507,7 +769,7 @@ fn a_wrong_token_count_or_delta_size_is_refused() {
             loss_nats: 1.0,
             compute_seconds: 1.0,
         };
-        let lie = Report::Computed { round: plan.round, contribution };
+        let lie = Report::Computed { round: plan.round, contribution, slice_hashes: Vec::new() };
         world.tell_coordinator(Event::Reported(SiteId(0), lie));
         world.run(20_000);
         assert!(world.done, "the other site goes on alone");
@@ -616,7 +878,10 @@ fn sites_leave_and_come_back_while_settings_change() {
                 world.join(id, state);
             }
         }
-        run_adaptive(&mut world, 400_000);
+        for _ in 0..40 {
+            run_adaptive(&mut world, 10_000);
+            world.bring_back_the_dropped(3);
+        }
         assert!(world.done, "seed {seed}, {shape:?}: stuck after {} commits", world.commits);
         assert_eq!(world.coordinator.last().commit.step, world.settings.steps_total, "seed {seed}, {shape:?}");
     }

@@ -70,7 +70,10 @@ impl Lockstep {
                 loss_nats: 1.0,
                 compute_seconds: tokens as f64 / tokens_per_second[assignment.site.0 as usize],
             };
-            self.tell(Event::Reported(assignment.site, Report::Computed { round: plan.round, contribution }));
+            self.tell(Event::Reported(
+                assignment.site,
+                Report::Computed { round: plan.round, contribution, slice_hashes: Vec::new() },
+            ));
         }
         for site in (0..self.sites).map(SiteId) {
             for from in &working {
@@ -157,7 +160,8 @@ fn a_speed_that_is_not_a_number_is_refused() {
         loss_nats: 1.0,
         compute_seconds: f64::INFINITY,
     };
-    let event = Event::Reported(SiteId(0), Report::Computed { round: plan.round, contribution });
+    let event =
+        Event::Reported(SiteId(0), Report::Computed { round: plan.round, contribution, slice_hashes: Vec::new() });
     let commands = sites.coordinator.handle(event, 0.0);
     assert!(commands.iter().any(|command| matches!(command, Command::Send(SiteId(0), Directive::Dropped { .. }))));
 }

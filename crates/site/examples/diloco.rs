@@ -72,7 +72,8 @@ fn plan(config: &RunConfig, ledger: &mut Ledger, round: u64) -> RoundPlan {
     });
     let fragment = FragmentPlan { index: 0, count: 1, codec: config.sync.codec, rank: 0 };
     let effects = schedule::effects(round, steps, 0);
-    RoundPlan { term: Term(1), round, first_step, steps, fragment, effects, assignments: assignments.collect() }
+    let (term, assignments, parts) = (Term(1), assignments.collect(), Vec::new());
+    RoundPlan { term, round, first_step, steps, fragment, effects, assignments, parts }
 }
 
 fn run_round(sites: &mut [Site], plan: &RoundPlan, ledger: &mut Ledger) -> Result<(), Failure> {
@@ -98,6 +99,7 @@ fn run_round(sites: &mut [Site], plan: &RoundPlan, ledger: &mut Ledger) -> Resul
         cursor: ledger.cursor(),
         step: plan.first_step + plan.steps,
         samples: ledger.totals().committed,
+        parts: Vec::new(),
     };
     for Site { trainer, merger } in sites {
         let merged = merger.merge(&commit, &deltas)?;

@@ -3,6 +3,8 @@
 //! A loop over what can happen (a directive, a result of the engine, a fetched delta, a visitor, a signal) feeds the
 //! pure [`Member`] and does what it says. Nothing in the loop waits: the engine has its own thread, transfers are tasks.
 
+mod sharded;
+
 use crate::folder::{FolderError, RunFolder};
 use crate::host::{self, HostJob};
 use crate::join::{JoinError, conversation, fetch_run};
@@ -14,6 +16,7 @@ use crate::trainer::{TrainError, Trainer};
 use crate::transit::{AGAIN, BULK_STREAMS, Transit, Wanted};
 use crate::watchdog::{Call, EngineWatch, Hang, HangBounds};
 use crate::worker::{Done, Job, Local, Worker};
+use base::config::Exchange;
 use base::{ContentHash, Hint, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use engine::{DeviceInfo, Engine, EngineError, Interrupter};
@@ -339,9 +342,33 @@ type HostJobs = std::sync::mpsc::Receiver<HostJob>;
 
 /// A transfer that ended.
 enum Fetched {
-    Delta { round: Round, fragment: FragmentPlan, contributor: Contributor, bytes: Bytes, seconds: f64 },
-    State { commit: Commit, bytes: Vec<u8> },
-    StateFailed { reason: String },
+    Delta {
+        round: Round,
+        fragment: FragmentPlan,
+        contributor: Contributor,
+        bytes: Bytes,
+        seconds: f64,
+    },
+    /// A slice or a merged part.
+    Shard {
+        round: Round,
+        key: BlobKey,
+        from: SiteId,
+        hash: ContentHash,
+        bytes: Bytes,
+        seconds: f64,
+    },
+    State {
+        commit: Commit,
+        bytes: Vec<u8>,
+    },
+    StateFailed {
+        reason: String,
+    },
+}
+
+fn delta_key(round: Round, fragment: FragmentPlan, site: SiteId) -> BlobKey {
+    BlobKey::Delta { round, fragment: fragment.index, site }
 }
 
 /// Who comes next to a site that can be dialled.
@@ -432,12 +459,14 @@ struct Agent {
     reporter: Arc<Mutex<Reporter>>,
     /// Deltas of rounds that are not merged, the own ones among them.
     deltas: BTreeMap<(Round, SiteId), Bytes>,
+    /// The same of sharded rounds.
+    shards: sharded::Shards,
     /// Merged rounds that the engine has not been told of.
     merged: BTreeMap<Round, Merged>,
     abandon: Arc<AtomicBool>,
     transfers: JoinSet<Fetched>,
-    /// Deltas that are on their way here.
-    fetching: BTreeMap<(Round, SiteId), (Contributor, AbortHandle)>,
+    /// What is on its way here for a round, with the hash that is wanted of it.
+    fetching: BTreeMap<(Round, BlobKey), (ContentHash, AbortHandle)>,
     visitors: JoinSet<()>,
     /// What is put into the object store or removed from it.
     errands: JoinSet<()>,
@@ -498,6 +527,7 @@ impl Agent {
             traffic,
             reporter,
             deltas: BTreeMap::new(),
+            shards: sharded::Shards::default(),
             merged: BTreeMap::new(),
             abandon: Arc::default(),
             transfers: JoinSet::new(),
@@ -721,6 +751,13 @@ impl Agent {
             MemberCommand::FetchDelta { round, fragment, contributor } => {
                 self.fetch_delta(round, fragment, contributor);
             }
+            MemberCommand::FetchSlice { round, fragment, values, from, hash } => {
+                self.fetch_slice(round, (fragment, values), (from, hash));
+            }
+            MemberCommand::Reduce { round, fragment, values, contributors } => {
+                self.reduce(round, (fragment, values), &contributors);
+            }
+            MemberCommand::FetchPart { round, fragment, part } => self.fetch_part(round, fragment, &part),
             MemberCommand::Merge(commit) => self.merge(commit),
             MemberCommand::Finish { .. } => self.end(Ok(true)),
             MemberCommand::Quit(LeaveReason::Stopped | LeaveReason::Finished) => self.end(Ok(false)),
@@ -729,19 +766,20 @@ impl Agent {
     }
 
     fn merge(&mut self, commit: Commit) {
-        let deltas: Option<Vec<Bytes>> = commit
-            .contributors
-            .iter()
-            .map(|contributor| self.deltas.get(&(commit.round, contributor.site)).cloned())
-            .collect();
+        let delta = |contributor: &Contributor| self.deltas.get(&(commit.round, contributor.site)).cloned();
+        let inputs = match commit.parts.is_empty() {
+            true => commit.contributors.iter().map(delta).collect(),
+            false => self.shards.of(&commit),
+        };
         // The member merges only what is held.
-        let Some(deltas) = deltas else { return self.end(Err(AgentError::Internal)) };
-        self.host_job(HostJob::Merge { commit, deltas });
+        let Some(inputs) = inputs else { return self.end(Err(AgentError::Internal)) };
+        self.host_job(HostJob::Merge { commit, inputs });
     }
 
     /// What is not wanted any more after the commit of `round`.
     fn forget_through(&mut self, round: Round, fragment: FragmentPlan) {
         self.deltas.retain(|(held, _), _| *held > round);
+        self.shards.forget_through(round);
         self.stop_fetching(|fetched| fetched <= round);
         let kept = self.settings.rounds_kept(fragment, self.shelf.sites());
         let oldest = Round(round.0.saturating_sub(kept));
@@ -767,9 +805,21 @@ impl Agent {
             Fetched::Delta { round, fragment, contributor, bytes, seconds: began.elapsed().as_secs_f64() }
         };
         let transfer = self.transfers.spawn(fetch);
-        if let Some((_, void)) = self.fetching.insert((round, contributor.site), (contributor, transfer)) {
-            void.abort();
+        self.is_fetching(round, delta_key(round, fragment, contributor.site), contributor.delta_hash, transfer);
+    }
+
+    /// Notes a transfer. One of the same thing that is still on its way was for a plan that has been withdrawn.
+    fn is_fetching(&mut self, round: Round, key: BlobKey, hash: ContentHash, transfer: AbortHandle) {
+        if let Some((_, withdrawn)) = self.fetching.insert((round, key), (hash, transfer)) {
+            withdrawn.abort();
         }
+    }
+
+    /// Whether what has come is still wanted.
+    fn has_come(&mut self, round: Round, key: &BlobKey, hash: ContentHash) -> bool {
+        let wanted = (round, key.clone());
+        let is_wanted = self.fetching.get(&wanted).is_some_and(|(expected, _)| *expected == hash);
+        is_wanted && self.fetching.remove(&wanted).is_some()
     }
 
     fn fetch_state(&mut self, commit: Commit, state_hash: ContentHash, from: &[SiteId]) {
@@ -797,21 +847,27 @@ impl Agent {
         });
     }
 
+    async fn tell_fetched(&mut self, round: Round, from: SiteId, bytes: u64, seconds: f64) {
+        self.emit(Event::DeltaFetched { round, from_site: from, bytes, seconds });
+        self.tell(&FromSite::Fetched { round, from, bytes, seconds }).await;
+    }
+
     async fn fetched(&mut self, fetched: Fetched) -> Result<(), AgentError> {
         match fetched {
             Fetched::Delta { round, fragment, contributor, bytes, seconds } => {
-                let (from, size) = (contributor.site, bytes.len() as u64);
-                // A round may have been planned anew while the last bytes of its first delta came.
-                if self.fetching.get(&(round, from)).is_none_or(|(wanted, _)| *wanted != contributor) {
+                let (from, key) = (contributor.site, delta_key(round, fragment, contributor.site));
+                if !self.has_come(round, &key, contributor.delta_hash) {
                     return Ok(());
                 }
-                self.fetching.remove(&(round, from));
-                self.emit(Event::DeltaFetched { round, from_site: from, bytes: size, seconds });
-                self.tell(&FromSite::Fetched { round, from, bytes: size, seconds }).await;
-                self.shelf.offer((round, fragment.index), from, Blob::memory(bytes.clone()));
+                self.tell_fetched(round, from, bytes.len() as u64, seconds).await;
+                self.shelf.offer(round, key, Blob::memory(bytes.clone()));
                 self.deltas.insert((round, from), bytes);
                 self.feed(MemberEvent::DeltaHeld { round, from }).await
             }
+            Fetched::Shard { round, key, from, hash, bytes, seconds } => match self.has_come(round, &key, hash) {
+                true => self.shard_fetched((round, key, from), bytes, seconds).await,
+                false => Ok(()),
+            },
             Fetched::State { commit, bytes } => {
                 self.host_job(HostJob::Install { commit, bytes });
                 Ok(())
@@ -838,13 +894,18 @@ impl Agent {
             }
             // The plan was withdrawn while its snapshot was being taken: another one may have begun by now.
             Done::Encoded { abandoned, .. } if abandoned.load(Ordering::Relaxed) => Ok(()),
-            Done::Encoded { round, fragment, delta, contribution, measurement, .. } => {
+            Done::Encoded { round, fragment, delta, slices, contribution, measurement, .. } => {
                 self.tell_measurement(round, measurement).await;
-                self.shelf.offer((round, fragment.index), self.site, Blob::memory(delta.clone()));
-                self.errands.spawn(Arc::clone(&self.transit).leave(round, fragment.index, delta.clone()));
+                self.shelf.offer(round, delta_key(round, fragment, self.site), Blob::memory(delta.clone()));
+                if slices.is_empty() {
+                    self.errands.spawn(Arc::clone(&self.transit).leave(round, fragment.index, delta.clone()));
+                }
+                let slice_hashes = self.offer_slices(round, fragment, slices);
                 self.deltas.insert((round, self.site), delta);
-                self.feed(MemberEvent::Encoded { round, contribution }).await
+                self.feed(MemberEvent::Encoded { round, contribution, slice_hashes }).await
             }
+            Done::Reduced { abandoned, .. } if abandoned.load(Ordering::Relaxed) => Ok(()),
+            Done::Reduced { key, part, hash, blob, .. } => self.reduced(key, part, (hash, blob)).await,
             Done::Merged(merged) => {
                 let Merged { round, state_hash, fragment, .. } = merged;
                 self.held = (round, state_hash);
@@ -878,9 +939,10 @@ impl Agent {
         }
     }
 
-    /// What settings that follow the links are decided on.
+    /// What the exchange, and settings that follow the links, are decided on.
     async fn tell_measurement(&mut self, round: Round, mut measurement: Measurement) {
-        if !self.config.sync.adaptive || self.ending.is_some() {
+        let is_wanted = self.config.sync.adaptive || self.config.sync.exchange != Exchange::Mesh;
+        if !is_wanted || self.ending.is_some() {
             return;
         }
         let known = self.shelf.others().into_iter().filter_map(|(from, holder)| {

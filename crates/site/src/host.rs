@@ -6,19 +6,36 @@
 use crate::merger::Merger;
 use crate::trainer::{Progress, TrainError};
 use crate::worker::Done;
-use base::ContentHash;
+use base::{ContentHash, Round, SiteId};
 use bytes::Bytes;
-use rounds::{Commit, Contribution, Measurement, RoundPlan};
+use rounds::{Commit, Contribution, FragmentPlan, Measurement, RoundPlan};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
+use wire::Blob;
+
+/// What a site merges for all in a sharded round.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PartKey {
+    pub(crate) round: Round,
+    pub(crate) fragment: FragmentPlan,
+}
+
+/// What one reducer fetches of a delta.
+pub(crate) struct Slice {
+    pub(crate) reducer: SiteId,
+    pub(crate) hash: ContentHash,
+    pub(crate) blob: Blob,
+}
 
 /// What the host's thread is asked to do.
 pub(crate) enum HostJob {
     /// Encode what the engine has trained.
     Encode { plan: RoundPlan, values: Arc<Vec<f32>>, progress: Progress, abandon: Arc<AtomicBool> },
-    /// Merge the deltas of a commit, in its order.
-    Merge { commit: Commit, deltas: Vec<Bytes> },
+    /// Merge the slices of deltas, with their makers' tokens, for everybody.
+    Reduce { key: PartKey, values: usize, slices: Vec<(u64, Bytes)>, abandon: Arc<AtomicBool> },
+    /// Merge the deltas of a commit, in its order, or take its merged parts.
+    Merge { commit: Commit, inputs: Vec<Bytes> },
     /// Take over a state that was fetched.
     Install { commit: Commit, bytes: Vec<u8> },
     /// Plans were withdrawn: their snapshots will not be sent.
@@ -34,9 +51,17 @@ pub(crate) fn run(mut merger: Merger, jobs: &std::sync::mpsc::Receiver<HostJob>,
             HostJob::Encode { plan, values, progress, abandon } => {
                 encode(&mut merger, &plan, &values, &progress, (abandon, merge_seconds))
             }
-            HostJob::Merge { commit, deltas } => {
+            HostJob::Reduce { abandon, .. } if abandon.load(Ordering::Relaxed) => continue,
+            HostJob::Reduce { key, values, slices, abandon } => match merger.reduce(key.fragment, values, &slices) {
+                Ok(part) => {
+                    let blob = Blob::memory(part.clone());
+                    Done::Reduced { key, part, hash: hash_of(&blob), blob, abandoned: abandon }
+                }
+                Err(error) => Done::Failed(TrainError::Merge(error)),
+            },
+            HostJob::Merge { commit, inputs } => {
                 let began = Instant::now();
-                let merged = merger.merge(&commit, &deltas);
+                let merged = merger.merge(&commit, &inputs);
                 merge_seconds = began.elapsed().as_secs_f64();
                 merged.map_or_else(|error| Done::Failed(TrainError::Merge(error)), Done::Merged)
             }
@@ -72,7 +97,8 @@ fn encode(
                 loss_nats: progress.loss_nats(),
                 compute_seconds: progress.compute_seconds,
             };
-            Done::Encoded { round, fragment, delta, contribution, measurement, abandoned }
+            let slices = slices(merger, plan, &delta);
+            Done::Encoded { round, fragment, delta, slices, contribution, measurement, abandoned }
         }
         Err(not_finite) => Done::Failed(TrainError::NotFinite {
             step: plan.first_step + plan.steps,
@@ -80,6 +106,24 @@ fn encode(
             value: f64::from(not_finite.value),
         }),
     }
+}
+
+/// What each reducer fetches of a delta, in the order of the plan's parts. One that cannot be cut there is left out: the coordinator that made
+/// such a plan is told by their number.
+fn slices(merger: &mut Merger, plan: &RoundPlan, delta: &Bytes) -> Vec<Slice> {
+    if plan.parts.is_empty() {
+        return Vec::new();
+    }
+    let codec = merger.codec(plan.fragment);
+    let slice = |part: &rounds::Part| {
+        let blob = Blob::memory(delta.slice(codec.slice(&part.values)?));
+        Some(Slice { reducer: part.site, hash: hash_of(&blob), blob })
+    };
+    plan.parts.iter().filter_map(slice).collect()
+}
+
+fn hash_of(blob: &Blob) -> ContentHash {
+    blob.hash().unwrap_or_else(|error| unreachable!("memory can be read: {error}"))
 }
 
 fn install(merger: &mut Merger, commit: Commit, bytes: &[u8]) -> Done {

@@ -20,6 +20,7 @@ use crate::state::{GlobalState, SharedState};
 use base::config::{Strategy, SyncSection};
 use base::{ContentHash, Fragment, ParameterSchema, Round, RunConfig, SiteId};
 use bytes::Bytes;
+use formats::CodecKind;
 use rounds::{Commit, EncoderMemory, FragmentCodec, FragmentPlan};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -249,19 +250,44 @@ impl Merger {
         Err(NotFinite { parameter: name.unwrap_or_default(), value: delta[index] })
     }
 
-    /// Merges the deltas that a commit names, in its order, and takes the outer step.
+    /// Merges the slices of deltas that a round's contributors have for this site, `values` values of each: `slices` has them in order, with
+    /// their tokens. Gives the merge as little-endian f32: the same bits as these values of the merge of the whole deltas.
     ///
     /// # Errors
     /// Bytes that no encoder writes. They were checked when they were fetched, so that this is a bug or a broken memory.
-    pub fn merge(&mut self, commit: &Commit, deltas: &[Bytes]) -> Result<Merged, formats::DecodeError> {
+    pub fn reduce(
+        &mut self,
+        plan: FragmentPlan,
+        values: usize,
+        slices: &[(u64, Bytes)],
+    ) -> Result<Bytes, formats::DecodeError> {
+        let slices: Vec<(u64, &[u8])> = slices.iter().map(|(tokens, slice)| (*tokens, &slice[..])).collect();
+        self.scratch.resize(values, 0.0);
+        rounds::token_weighted_mean(&self.fragments.codec(plan), &slices, &mut self.scratch)?;
+        Ok(self.scratch.iter().flat_map(|value| value.to_le_bytes()).collect())
+    }
+
+    /// How deltas of that fragment are coded.
+    pub fn codec(&mut self, plan: FragmentPlan) -> FragmentCodec {
+        self.fragments.codec(plan)
+    }
+
+    /// Takes the outer step by what a commit names: `inputs` are its contributors' deltas, or where it has merged parts, these; in its order.
+    ///
+    /// # Errors
+    /// Bytes that no encoder writes, or parts that are not the whole. They were checked when they were fetched, so that this is a bug or a
+    /// broken memory.
+    pub fn merge(&mut self, commit: &Commit, inputs: &[Bytes]) -> Result<Merged, formats::DecodeError> {
         let fragment = self.fragments.of(commit.fragment);
         let codec = self.fragments.codec(commit.fragment);
-        for delta in deltas {
-            codec.check(delta)?;
-        }
+        let inputs = match commit.parts.is_empty() {
+            true => Inputs::Deltas(inputs),
+            false => Inputs::Parts(inputs),
+        };
+        inputs.check(&codec, fragment.elements())?;
         let own_before = self.settle_own(commit, &fragment)?;
         let counts_from_snapshot = own_before.is_some();
-        let (values, state_hash) = self.step(commit, (&fragment, &codec), deltas, own_before)?;
+        let (values, state_hash) = self.step(commit, (&fragment, &codec), &inputs, own_before)?;
         let local = if self.adds_to_local() {
             LocalChange::Add { change: values, counts_from_snapshot }
         } else {
@@ -276,7 +302,7 @@ impl Merger {
         &mut self,
         commit: &Commit,
         (fragment, codec): (&Fragment, &FragmentCodec),
-        deltas: &[Bytes],
+        inputs: &Inputs<'_>,
         own_before: Option<Vec<f32>>,
     ) -> Result<(Vec<f32>, ContentHash), formats::DecodeError> {
         let (adds, alpha) = (self.adds_to_local(), self.sync.mixing as f32);
@@ -289,9 +315,7 @@ impl Merger {
         for (index, part) in parts.into_iter().enumerate() {
             self.scratch.clear();
             self.scratch.resize(part.len(), 0.0);
-            for (weight, delta) in weights.iter().zip(deltas) {
-                codec.accumulate_part(index, delta, *weight, &mut self.scratch)?;
-            }
+            inputs.merge_part(codec, (index, part.clone()), &weights, &mut self.scratch)?;
             for (place, within) in fragment.places(part.clone()) {
                 outer.step_part(place.clone(), parameters, &self.scratch[within.clone()]);
                 let values = &mut values[part.start + within.start..part.start + within.end];
@@ -300,13 +324,7 @@ impl Merger {
             }
         }
         if !is_separable {
-            let contributions: Vec<(u64, &[u8])> = commit
-                .contributors
-                .iter()
-                .zip(deltas)
-                .map(|(contributor, delta)| (contributor.tokens, &delta[..]))
-                .collect();
-            rounds::token_weighted_mean(codec, &contributions, &mut values)?;
+            inputs.merge(codec, commit, &mut values)?;
             outer.step(commit.round.0 - 1, fragment, parameters, &mut values);
             fragment.gather(parameters, &mut values);
         }
@@ -352,6 +370,86 @@ impl Merger {
     /// The global state that this merger changes.
     pub fn state(&self) -> &SharedState {
         &self.state
+    }
+}
+
+/// What a merge is made of.
+enum Inputs<'a> {
+    /// Whole deltas, in the order of the contributors.
+    Deltas(&'a [Bytes]),
+    /// What sites have merged of them, little-endian f32, together all values in order.
+    Parts(&'a [Bytes]),
+}
+
+impl Inputs<'_> {
+    fn check(&self, codec: &FragmentCodec, elements: usize) -> Result<(), formats::DecodeError> {
+        match self {
+            Self::Deltas(deltas) => deltas.iter().try_for_each(|delta| codec.check(delta)),
+            Self::Parts(parts) => {
+                let uncoded = CodecKind::F32.codec();
+                let (wanted, found) = (uncoded.encoded_bytes(elements), parts.iter().map(Bytes::len).sum());
+                if wanted != found {
+                    return Err(formats::DecodeError::Length {
+                        codec: CodecKind::F32,
+                        values: elements,
+                        wanted,
+                        found,
+                    });
+                }
+                parts.iter().try_for_each(|part| uncoded.check(part, part.len() / size_of::<f32>()))
+            }
+        }
+    }
+
+    /// Writes the merge of one of the codec's parts to `merged`, which is zero.
+    fn merge_part(
+        &self,
+        codec: &FragmentCodec,
+        (index, range): (usize, Range<usize>),
+        weights: &[f32],
+        merged: &mut [f32],
+    ) -> Result<(), formats::DecodeError> {
+        match self {
+            Self::Deltas(deltas) => {
+                let mut weighted = weights.iter().zip(*deltas);
+                weighted.try_for_each(|(weight, delta)| codec.accumulate_part(index, delta, *weight, merged))
+            }
+            Self::Parts(parts) => {
+                copy_merged(parts, range, merged);
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes the whole merge to `merged`.
+    fn merge(&self, codec: &FragmentCodec, commit: &Commit, merged: &mut [f32]) -> Result<(), formats::DecodeError> {
+        match self {
+            Self::Deltas(deltas) => {
+                let contributors = commit.contributors.iter().zip(*deltas);
+                let contributions: Vec<(u64, &[u8])> =
+                    contributors.map(|(contributor, delta)| (contributor.tokens, &delta[..])).collect();
+                rounds::token_weighted_mean(codec, &contributions, merged)
+            }
+            Self::Parts(parts) => {
+                copy_merged(parts, 0..merged.len(), merged);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Copies the values in `range` of all that `parts` hold one after the other.
+fn copy_merged(parts: &[Bytes], range: Range<usize>, values: &mut [f32]) {
+    let mut begin = 0;
+    for part in parts {
+        let end = begin + part.len() / size_of::<f32>();
+        let (from, to) = (range.start.max(begin), range.end.min(end));
+        if from < to {
+            let bytes = &part[(from - begin) * size_of::<f32>()..(to - begin) * size_of::<f32>()];
+            let values = &mut values[from - range.start..to - range.start];
+            values.iter_mut().zip(bytes.as_chunks().0).for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
+        }
+        begin = end;
     }
 }
 

@@ -1,6 +1,7 @@
-//! What a site holds for the others to fetch: its own deltas, those it has fetched itself, and its global state.
+//! What a site holds for the others to fetch: its own deltas and their slices, those it has fetched itself, merged parts, and its global
+//! state.
 //!
-//! A pull, so that nobody can make a site hold more than it asked for. Deltas stay for some rounds after their commit, so that a
+//! A pull, so that nobody can make a site hold more than it asked for. What belongs to a round stays for some rounds after its commit, so that a
 //! site that was slow or away can catch up from anybody.
 
 use crate::state::SharedState;
@@ -20,8 +21,8 @@ pub(crate) struct Shelf {
 #[derive(Default)]
 struct Inner {
     peers: BTreeMap<SiteId, Peer>,
-    /// By round and site, each with its fragment.
-    deltas: BTreeMap<(Round, SiteId), (u32, Blob)>,
+    /// Of each round: deltas, slices, merged parts.
+    rounds: BTreeMap<Round, BTreeMap<BlobKey, Blob>>,
     /// The encoded state that was asked for last: it stays while commits go on, so that who has begun to fetch it can end.
     state: Option<(Round, Blob)>,
 }
@@ -77,14 +78,14 @@ impl Shelf {
         self.inner().peers.len()
     }
 
-    /// Offers a delta.
-    pub(crate) fn offer(&self, (round, fragment): (Round, u32), site: SiteId, blob: Blob) {
-        self.inner().deltas.insert((round, site), (fragment, blob));
+    /// Offers what belongs to a round.
+    pub(crate) fn offer(&self, round: Round, key: BlobKey, blob: Blob) {
+        self.inner().rounds.entry(round).or_default().insert(key, blob);
     }
 
-    /// Forgets deltas of rounds before this one.
+    /// Forgets rounds before this one.
     pub(crate) fn forget_before(&self, round: Round) {
-        self.inner().deltas.retain(|(offered, _), _| *offered >= round);
+        self.inner().rounds.retain(|offered, _| *offered >= round);
     }
 
     fn state_blob(&self, round: Round) -> Option<Blob> {
@@ -109,10 +110,8 @@ impl BlobSource for Shelf {
             return None;
         }
         match key {
-            BlobKey::Delta { round, fragment, site } => {
-                let inner = self.inner();
-                let (offered, blob) = inner.deltas.get(&(*round, *site))?;
-                (offered == fragment).then(|| blob.clone())
+            BlobKey::Delta { round, .. } | BlobKey::Slice { round, .. } | BlobKey::Part { round, .. } => {
+                self.inner().rounds.get(round)?.get(key).cloned()
             }
             BlobKey::State { round } => self.state_blob(*round),
             _ => None,

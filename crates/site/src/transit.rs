@@ -5,6 +5,8 @@
 //! can have written. What is not is refused, named in the log, and fetched the other way or again, until the delta is here or its
 //! round is over. So nothing is lost by a store that is away, or that gives something else back.
 
+pub(crate) mod sharded;
+
 use crate::shelf::Shelf;
 use base::{Hint, Round, SiteId};
 use bytes::Bytes;

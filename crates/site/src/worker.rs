@@ -9,7 +9,7 @@
 
 use crate::alone::{evaluated_event, reduction_events, sample_event, save_checkpoint, step_event};
 use crate::folder::RunFolder;
-use crate::host::HostJob;
+use crate::host::{HostJob, PartKey, Slice};
 use crate::merger::{Fragments, LocalChange, Merged};
 use crate::state::{GlobalState, Mode, SavedState, SharedState, TrainingState};
 use crate::trainer::{Evaluation, Progress, TrainError, Trainer};
@@ -23,6 +23,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use telemetry::{Event, Reporter};
+use wire::Blob;
 
 /// An engine that is lost more often than this after one commit is not started again: it would be lost for ever.
 pub(crate) const RESTARTS_PER_ROUND_MAX: u64 = 2;
@@ -53,9 +54,19 @@ pub(crate) enum Done {
         round: Round,
         fragment: FragmentPlan,
         delta: Bytes,
+        /// For the reducers of a sharded round.
+        slices: Vec<Slice>,
         contribution: Contribution,
         /// What the host knows of it.
         measurement: Measurement,
+        abandoned: Arc<AtomicBool>,
+    },
+    /// This site's part of a sharded round is merged. Not wanted any more where `abandoned` is set by now.
+    Reduced {
+        key: PartKey,
+        part: Bytes,
+        hash: ContentHash,
+        blob: Blob,
         abandoned: Arc<AtomicBool>,
     },
     Merged(Merged),

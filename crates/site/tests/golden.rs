@@ -255,7 +255,8 @@ impl<'a> World<'a> {
         let plan = self.plan.take().unwrap();
         let contributed = self.train(&plan);
         for site in self.arrival.clone() {
-            self.report(site, Report::Computed { round: plan.round, contribution: contributed[site].0 });
+            let (round, contribution) = (plan.round, contributed[site].0);
+            self.report(site, Report::Computed { round, contribution, slice_hashes: Vec::new() });
         }
         let tokens: u64 = contributed.iter().map(|(contribution, _)| contribution.tokens).sum();
         let nats: f64 = contributed.iter().map(|(c, _)| c.loss_nats * c.tokens as f64).sum();

@@ -215,7 +215,7 @@ events! {
         /// Mean training loss of the round, nats a token.
         loss_nats: f64,
     }
-    /// Another site's delta arrived and its hash agreed.
+    /// Another site's delta, a slice of it, or a part that it merged arrived and its hash agreed.
     DeltaFetched = "delta_fetched" {
         /// The round.
         round: Round,
@@ -233,6 +233,15 @@ events! {
         /// `direct` or `object store`.
         route: String,
         /// Why, in words.
+        reason: String,
+    }
+    /// Deltas travel another way than in the rounds before, from this one on or in this one.
+    ExchangeChosen = "exchange_chosen" {
+        /// Which.
+        round: Round,
+        /// `mesh` or `sharded`.
+        exchange: String,
+        /// Why, in words with their numbers.
         reason: String,
     }
     /// A round closed.

@@ -18,6 +18,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::RoundComputed { .. }
         | Event::DeltaFetched { .. }
         | Event::RouteChosen { .. }
+        | Event::ExchangeChosen { .. }
         | Event::RoundCommitted { .. }
         | Event::RoundApplied { .. }
         | Event::Diverged { .. }
@@ -35,7 +36,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::MicroBatchReduced { .. }
         | Event::EngineRestarted { .. }
         | Event::EngineHung { .. }
-        | Event::RunFinished { .. } => 27,
+        | Event::RunFinished { .. } => 28,
     };
     let (site, round, term) = (SiteId(2), Round(3), Term(1));
     let events = vec![
@@ -93,6 +94,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::RoundComputed { round, site, tokens: 10_240, compute_seconds: 8.0, loss_nats: 2.4 },
         Event::DeltaFetched { round, from_site: site, bytes: 4_000_000, seconds: 0.1 },
         Event::RouteChosen { from_site: site, route: "direct".to_owned(), reason: "20.00 Mbit/s".to_owned() },
+        Event::ExchangeChosen { round, exchange: "sharded".to_owned(), reason: "4 sites, bf16".to_owned() },
         Event::RoundCommitted {
             round,
             term,

@@ -221,6 +221,8 @@ pub struct RunView {
     pub ledger: LedgerCounts,
     /// Settings that followed the links, where they did: the last change.
     pub settings: Option<SettingsView>,
+    /// How deltas travel: `mesh` or `sharded`.
+    pub exchange: Option<String>,
     /// The last checkpoint.
     pub checkpoint: Option<CheckpointView>,
     /// Times that a site's state was not the run's.
@@ -299,6 +301,7 @@ impl RunView {
                     bigram_bits_per_byte: *bigram_bits_per_byte,
                 });
             }
+            Event::ExchangeChosen { exchange, .. } => self.exchange = Some(clipped(exchange)),
             Event::SettingsChanged { round, inner_steps, fragments, overlap_steps, codec, rank, reason } => {
                 self.settings = Some(SettingsView {
                     round: *round,
@@ -545,6 +548,7 @@ impl RunView {
         }
         lines.extend((!quality.is_empty()).then(|| quality.join("  ")));
         lines.extend(self.state_hash.map(|hash| format!("state {}", hash.short())));
+        lines.extend(self.exchange.as_ref().map(|exchange| format!("exchange {exchange}")));
         let LedgerCounts { leased, committed, returned, lost } = self.ledger;
         lines.push(format!("samples  leased {leased}  committed {committed}  returned {returned}  lost {lost}"));
         lines.extend(self.verdict.as_ref().map(|verdict| format!("verdict: {verdict}")));

@@ -93,6 +93,9 @@ fn table(status: &serde_json::Value) -> String {
         field("tokens_planned")
     );
     text.push_str(&format!("loss {}  state {}\n", field("loss_nats"), field("state_hash")));
+    if status["exchange"].is_string() {
+        text.push_str(&format!("exchange {}\n", field("exchange")));
+    }
     for site in status["sites"].as_array().into_iter().flatten() {
         let field = |name: &str| site[name].as_str().map_or_else(|| site[name].to_string(), str::to_owned);
         text.push_str(&format!(

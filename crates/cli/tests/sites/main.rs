@@ -20,6 +20,7 @@ mod needs;
 mod objects;
 mod refusals;
 mod resuming;
+mod sharded;
 mod streaming;
 #[path = "../support/mod.rs"]
 mod support;

@@ -2,6 +2,7 @@
 
 use crate::adaptive::{Change, Choice};
 use crate::codec::FragmentCodec;
+use crate::exchange::{Travelling, may_be_sharded};
 use crate::ledger::{Ledger, LedgerTotals};
 use crate::plan::{Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan, SiteDevice};
 use crate::schedule::lookahead;
@@ -55,6 +56,18 @@ impl Settings {
         self.schema.fragments(plan.count).get(plan.index as usize).map_or(0, |fragment| fragment.elements() as u64)
     }
 
+    /// What a round of that fragment sends.
+    pub(crate) fn travelling(&self, plan: FragmentPlan) -> Travelling {
+        let fragments = self.schema.fragments(plan.count);
+        let rank = plan.rank_or(self.sync.rank);
+        let codec = fragments.get(plan.index as usize).map(|fragment| {
+            let codec = FragmentCodec::new(plan, rank, &self.schema, fragment);
+            (codec.encoded_bytes() as u64, codec.block_values(), fragment.elements() as u64)
+        });
+        let (delta_bytes, block_values, elements) = codec.unwrap_or_default();
+        Travelling { codec: plan.codec, elements, delta_bytes, block_values }
+    }
+
     /// The same with rounds of another kind.
     #[must_use]
     pub fn with(mut self, choice: &Choice) -> Self {
@@ -70,9 +83,15 @@ impl Settings {
     /// Rounds for which sites keep what they have fetched, so that one that was away or slow can catch up from any of them: those
     /// that are open, and as many as fit the size of the parameters.
     pub fn rounds_kept(&self, plan: FragmentPlan, sites: usize) -> u64 {
-        let delta_bytes = self.delta_bytes(plan);
+        let travelling = self.travelling(plan);
+        let deltas = travelling.delta_bytes * sites as u64;
+        let round_bytes = match may_be_sharded(self.sync.exchange, &travelling, sites) {
+            // Merged parts, and what of it falls back to the mesh.
+            true => deltas.max(travelling.elements * size_of::<f32>() as u64),
+            false => deltas,
+        };
         let parameter_bytes = (self.schema.elements() * size_of::<f32>()) as u64;
-        let fit = parameter_bytes / (delta_bytes * sites as u64).max(1);
+        let fit = parameter_bytes / round_bytes.max(1);
         // A site does not know the adapted overlap: it is less than H, and so open rounds are no more than fragments.
         let open = match self.sync.adaptive {
             true => u64::from(plan.count),
@@ -266,6 +285,15 @@ pub enum Note {
         round: Round,
         /// From what to what, and why.
         change: Change,
+    },
+    /// Deltas travel another way than in the rounds before, from this one on or in this one.
+    ExchangeChosen {
+        /// Which.
+        round: Round,
+        /// Whether each site merges a part; else each fetches every delta.
+        is_sharded: bool,
+        /// Why.
+        reason: String,
     },
     /// See [`Record::RolledBack`].
     RolledBack {

@@ -10,6 +10,8 @@
 //! give it. A site that was late keeps its lease: its next delta that is merged holds what it had learnt, and its leases are committed
 //! with that. A site that leaves gives its leases back; what it had delivered to everybody still counts.
 //!
+//! A round may be sharded: then sites hold slices and merged parts instead of whole deltas ([`reduction`], [`sharded`]).
+//!
 //! Where settings are adaptive, rounds follow the links that sites measure on their traffic ([`tuning`]).
 //!
 //! It never touches a tensor: it compares hashes.
@@ -17,11 +19,14 @@
 mod grace;
 mod interface;
 mod open_round;
+mod reduction;
+mod sharded;
 mod tuning;
 
 pub use interface::{Command, Committed, Event, Lateness, Note, Record, Settings};
 
 use crate::adaptive::Choice;
+use crate::exchange::PARTS_MAX;
 use crate::ledger::Ledger;
 use crate::plan::{Assignment, Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan};
 use crate::schedule::{self, Effects, fragment_of, lookahead};
@@ -30,6 +35,7 @@ use base::config::SyncSection;
 use base::{ContentHash, Round, SiteId, Term};
 use grace::Grace;
 use open_round::{Delivery, OpenRound};
+use sharded::Exchanges;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tuning::Tuning;
 
@@ -93,6 +99,7 @@ pub struct Coordinator {
     open: VecDeque<OpenRound>,
     phase: Phase,
     grace: Grace,
+    exchanges: Exchanges,
     /// Rounds at the end of the run, planned or committed, in which nobody trains.
     flushes: u32,
     started: bool,
@@ -149,6 +156,7 @@ impl Coordinator {
             open: VecDeque::new(),
             phase: Phase::Working,
             grace: Grace::default(),
+            exchanges: Exchanges::default(),
             flushes: 0,
             started: false,
             started_at: Round(0),
@@ -247,12 +255,17 @@ impl Coordinator {
             Report::Ready { round, state_hash, tokens_per_second } => {
                 self.ready(site, (round, state_hash), tokens_per_second, commands);
             }
-            Report::Computed { round, contribution } => self.computed(site, round, contribution, commands),
+            Report::Computed { round, contribution, slice_hashes } => {
+                self.computed(site, round, (contribution, &slice_hashes), commands);
+            }
             Report::Holds { round, from } => {
                 if let Some(open) = self.open.iter_mut().find(|open| open.plan.round == round) {
                     open.hold(site, from);
                 }
             }
+            Report::HoldsSlice { round, from } => self.holds_slice(site, round, from),
+            Report::Reduced { round, hash } => self.reduced(site, round, hash, commands),
+            Report::HoldsPart { round, from } => self.holds_part(site, round, from),
             Report::Applied { round, state_hash } => self.applied(site, round, state_hash, commands),
             Report::Leave { reason } => self.remove(site, reason, commands),
             Report::Measured { round, measurement } => self.measured(site, round, &measurement, commands),
@@ -282,7 +295,13 @@ impl Coordinator {
         self.votes.entry(round).or_default().insert(id, state_hash);
     }
 
-    fn computed(&mut self, id: SiteId, round: Round, contribution: Contribution, commands: &mut Vec<Command>) {
+    fn computed(
+        &mut self,
+        id: SiteId,
+        round: Round,
+        (contribution, slice_hashes): (Contribution, &[ContentHash]),
+        commands: &mut Vec<Command>,
+    ) {
         let Some(site) = self.sites.get_mut(&id) else { return };
         // A round that was abandoned meanwhile is owed by nobody.
         let Some(samples) = site.owed.remove(&round) else { return };
@@ -290,9 +309,15 @@ impl Coordinator {
         let honest = contribution.tokens == tokens
             && contribution.loss_nats.is_finite()
             && contribution.compute_seconds.is_finite()
-            && contribution.compute_seconds >= 0.0;
+            && contribution.compute_seconds >= 0.0
+            && slice_hashes.len() <= PARTS_MAX;
         let open = self.open.iter_mut().find(|open| open.plan.round == round);
-        if !honest || open.as_ref().is_some_and(|open| open.delta_bytes != contribution.delta_bytes) {
+        let fits = |open: &OpenRound| {
+            // A round that has fallen back has no parts, but the site may not know that yet.
+            let parts = open.reduction.as_ref().map_or(slice_hashes.len(), |reduction| reduction.parts().len());
+            open.delta_bytes == contribution.delta_bytes && parts == slice_hashes.len()
+        };
+        if !honest || open.as_deref().is_some_and(|open| !fits(open)) {
             return self.drop_site(id, LeaveReason::Misbehaved, commands);
         }
         site.trained_tokens += tokens;
@@ -305,6 +330,9 @@ impl Coordinator {
         let merged = site.merged_tokens.get(&open.plan.fragment.index).copied().unwrap_or(0);
         let (trained_tokens, weight) = (site.trained_tokens, site.trained_tokens - merged);
         open.deliver(id, Delivery { contribution, trained_tokens, weight });
+        if open.reduction.is_some() {
+            return Self::tell_slices(open, id, slice_hashes, commands);
+        }
         let directive = Self::delta_ready(open, id);
         let others = self.sites.iter().filter(|(other, site)| **other != id && site.since.is_some());
         commands.extend(others.map(|(other, _)| Command::Send(*other, directive.clone())));
@@ -327,6 +355,7 @@ impl Coordinator {
         self.votes.values_mut().for_each(|votes| {
             votes.remove(&id);
         });
+        self.exchanges.links.forget(id);
         if let Some(tuning) = &mut self.tuning {
             tuning.forget(id);
         }
@@ -355,8 +384,14 @@ impl Coordinator {
         for site in &missing {
             self.drop_site(*site, LeaveReason::TooSlow, commands);
         }
+        if let Some(front) = self.open.front_mut()
+            && front.reduction.as_ref().is_some_and(|reduction| !reduction.is_merged())
+        {
+            // Whoever it is that others wait for: in the mesh it is known.
+            front.fall_back("it was not merged before the deadline".to_owned());
+        }
         for site in self.current() {
-            let Some(front) = self.open.front() else { return };
+            let Some(front) = self.open.front().filter(|front| front.fell_back.is_none()) else { return };
             if !front.holds_all(site) {
                 self.drop_site(site, LeaveReason::DeltasMissing, commands);
             }
@@ -385,7 +420,9 @@ impl Coordinator {
     /// Takes every step that has become possible.
     fn advance(&mut self, now: f64, commands: &mut Vec<Command>) {
         self.agree(commands);
+        self.tell_fallbacks(now, commands);
         self.place_newcomers(commands);
+        self.drive_reductions(now, commands);
         while let Some(contributors) = self.closing(now) {
             self.commit(&contributors, now, commands);
             // A plan goes out before the next commit: where a commit takes effect must not depend on which was heard first.
@@ -477,8 +514,17 @@ impl Coordinator {
             // What it delivered before it left and came back still counts, but is not to be done again.
             plan.assignments.retain(|assignment| assignment.site != id);
             commands.push(Command::Send(id, Directive::Begin(plan)));
-            let ready = open.deliveries.keys().map(|from| Command::Send(id, Self::delta_ready(open, *from)));
-            commands.extend(ready);
+            match &open.reduction {
+                None => {
+                    let ready = open.deliveries.keys().map(|from| Command::Send(id, Self::delta_ready(open, *from)));
+                    commands.extend(ready);
+                }
+                Some(reduction) => {
+                    let (term, round) = (open.plan.term, open.plan.round);
+                    let ready = reduction.merged().into_iter().map(|part| Directive::PartReady { term, round, part });
+                    commands.extend(ready.map(|ready| Command::Send(id, ready)));
+                }
+            }
         }
     }
 
@@ -515,28 +561,45 @@ impl Coordinator {
         self.history.retain(|committed| committed.state_hash.is_some());
     }
 
+    /// Deliveries that are enough for an open round, how long it has waited since so many came, and whether that was long enough.
+    fn patience(&mut self, index: usize, now: f64) -> (usize, f64, bool) {
+        let SyncSection { quorum, grace_seconds, .. } = self.settings.sync;
+        let open = &mut self.open[index];
+        // What misses the last round of its fragment would never be merged.
+        let is_last = open.plan.first_step + open.plan.steps >= self.settings.steps_total;
+        let quorum = if is_last { 1.0 } else { quorum };
+        let enough = open.quorum(quorum);
+        if open.deliveries.len() >= enough {
+            open.quorum_since.get_or_insert(now);
+        }
+        let waited = open.quorum_since.map_or(0.0, |since| now - since);
+        let late = open.quorum_since.is_some() && waited >= self.grace.window(open.overlap_seconds, grace_seconds);
+        (enough, waited, quorum < 1.0 && late)
+    }
+
     /// The contributors with which the oldest open round closes now, if it does.
     fn closing(&mut self, now: f64) -> Option<Vec<SiteId>> {
         let current = self.current();
-        let SyncSection { quorum, grace_seconds, .. } = self.settings.sync;
-        let front = self.open.front_mut()?;
-        if current.is_empty() || front.deliveries.is_empty() {
+        if current.is_empty() || self.open.front()?.deliveries.is_empty() {
             return None;
         }
-        // What misses the last round of its fragment would never be merged.
-        let is_last = front.plan.first_step + front.plan.steps >= self.settings.steps_total;
-        let quorum = if is_last { 1.0 } else { quorum };
-        let enough = front.quorum(quorum);
-        if front.deliveries.len() >= enough {
-            front.quorum_since.get_or_insert(now);
+        let (enough, waited, is_over) = self.patience(0, now);
+        let window = self.grace.window(self.open[0].overlap_seconds, self.settings.sync.grace_seconds);
+        let front = self.open.front_mut()?;
+        if let Some(reduction) = &mut front.reduction {
+            if let Some(contributors) = reduction.spread_over(&current) {
+                return Some(contributors.to_vec());
+            }
+            // Only where a quorum may close a round at all is somebody left behind who has not fetched the merge yet.
+            let contributors = reduction.spread_over_some(&current, enough).filter(|_| is_over)?.to_vec();
+            let since = *reduction.spread_since.get_or_insert(now);
+            return (now - since >= window).then_some(contributors);
         }
-        let waited = front.quorum_since.map_or(0.0, |since| now - since);
         if front.is_complete(&current) {
             self.grace.observe(waited);
             return Some(front.deliveries.keys().copied().collect());
         }
-        let late = front.quorum_since.is_some() && waited >= self.grace.window(front.overlap_seconds, grace_seconds);
-        if quorum < 1.0 && late { front.common(&current, enough) } else { None }
+        if is_over { front.common(&current, enough) } else { None }
     }
 
     fn commit(&mut self, contributors: &[SiteId], now: f64, commands: &mut Vec<Command>) {
@@ -551,9 +614,10 @@ impl Coordinator {
         self.name_stragglers(&open, contributors, now, commands);
         self.tune(&open);
         let contributors = contributors.iter().map(|site| open.contributor(*site)).collect();
+        let parts = open.reduction.as_ref().map(|reduction| reduction.merged()).unwrap_or_default();
         let (cursor, samples) = (self.ledger.cursor(), self.ledger.totals().committed);
         let step = first_step + steps;
-        let commit = Commit { term: self.term, round, fragment, contributors, cursor, step, samples };
+        let commit = Commit { term: self.term, round, fragment, contributors, cursor, step, samples, parts };
         let committed = Committed { commit: commit.clone(), ledger: self.ledger.clone(), state_hash: None };
         commands.push(Command::Persist(Record::Committed(Box::new(committed.clone()))));
         self.history.push(committed);
@@ -625,23 +689,19 @@ impl Coordinator {
         let fragments = self.settings.sync.fragments;
         let steps = self.settings.steps_per_round.min(self.settings.steps_total - planned_steps);
         self.flushes = if steps == 0 { self.flushes + 1 } else { 0 };
-        let plan = RoundPlan {
-            term: self.term,
-            round,
-            first_step: planned_steps,
-            steps,
-            fragment: FragmentPlan {
-                index: fragment_of(round, fragments),
-                count: fragments,
-                codec: self.settings.sync.codec,
-                rank: Choice::of(&self.settings.sync).rank,
-            },
-            effects: self.effects(round),
-            assignments: self.assign((round, planned_steps, steps), &current, commands),
+        let fragment = FragmentPlan {
+            index: fragment_of(round, fragments),
+            count: fragments,
+            codec: self.settings.sync.codec,
+            rank: Choice::of(&self.settings.sync).rank,
         };
-        if plan.assignments.is_empty() {
+        let assignments = self.assign((round, planned_steps, steps), &current, commands);
+        if assignments.is_empty() {
             return false;
         }
+        let (term, effects) = (self.term, self.effects(round));
+        let parts = self.parts(round, fragment, &current, commands);
+        let plan = RoundPlan { term, round, first_step: planned_steps, steps, fragment, effects, assignments, parts };
         self.open_round(plan, &current, now, commands);
         true
     }

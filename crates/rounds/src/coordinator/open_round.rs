@@ -1,5 +1,6 @@
 //! A round between its plan and its commit: who has delivered, who holds what, and when that is enough.
 
+use super::reduction::Reduction;
 use crate::plan::{Contribution, Contributor, RoundPlan};
 use base::SiteId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,12 +30,26 @@ pub(super) struct OpenRound {
     pub(super) quorum_since: Option<f64>,
     pub(super) deliveries: BTreeMap<SiteId, Delivery>,
     holds: BTreeMap<SiteId, BTreeSet<SiteId>>,
+    /// Where the round is sharded.
+    pub(super) reduction: Option<Reduction>,
+    /// Why it is not any more, until sites are told.
+    pub(super) fell_back: Option<String>,
 }
 
 impl OpenRound {
     pub(super) fn new(plan: RoundPlan, delta_bytes: u64, began: f64, deadline: f64, overlap_seconds: f64) -> Self {
-        let (deliveries, holds) = (BTreeMap::new(), BTreeMap::new());
-        Self { plan, delta_bytes, began, deadline, overlap_seconds, quorum_since: None, deliveries, holds }
+        Self {
+            reduction: Reduction::new(&plan.parts),
+            plan,
+            delta_bytes,
+            began,
+            deadline,
+            overlap_seconds,
+            quorum_since: None,
+            deliveries: BTreeMap::new(),
+            holds: BTreeMap::new(),
+            fell_back: None,
+        }
     }
 
     /// What a commit says of a site that has delivered.
@@ -76,8 +91,11 @@ impl OpenRound {
         self.holds.get(&site).is_some_and(|held| held.contains(&from))
     }
 
-    /// Whether `site` holds every delta that was delivered.
+    /// Whether `site` holds what is to be merged: every delta that was delivered, or every merged part.
     pub(super) fn holds_all(&self, site: SiteId) -> bool {
+        if let Some(reduction) = &self.reduction {
+            return reduction.holds_all(site);
+        }
         self.deliveries.keys().all(|from| self.holds(site, *from))
     }
 
@@ -86,13 +104,15 @@ impl OpenRound {
         self.missing().is_empty() && current.iter().all(|site| self.holds_all(*site))
     }
 
-    /// Forgets a site that left. Its delta stays where every other current site holds it, unless `distrusted`. True where
-    /// it stays.
+    /// Forgets a site that left. Its delta stays where every other current site holds it, or a merge of it, unless `distrusted`. True
+    /// where it stays.
     pub(super) fn remove(&mut self, site: SiteId, others: &[SiteId], distrusted: bool) -> bool {
-        let stays = !distrusted
+        let is_merged = self.leave_reduction(site, others, distrusted);
+        let is_held = !distrusted
             && self.deliveries.contains_key(&site)
             && !others.is_empty()
             && others.iter().all(|other| self.holds(*other, site));
+        let stays = is_merged || is_held;
         if !stays {
             self.deliveries.remove(&site);
             self.plan.assignments.retain(|assignment| assignment.site != site);
@@ -139,8 +159,8 @@ mod tests {
         let assign = |site| Assignment { site: SiteId(site), samples: 4, steps: 2, lease: Vec::new(), share: 0.5 };
         let assignments = (0..sites).map(assign).collect();
         let effects = effects(Round(1), 2, 0);
-        let plan =
-            RoundPlan { term: Term(1), round: Round(1), first_step: 0, steps: 2, fragment, effects, assignments };
+        let (term, round, parts) = (Term(1), Round(1), Vec::new());
+        let plan = RoundPlan { term, round, first_step: 0, steps: 2, fragment, effects, assignments, parts };
         OpenRound::new(plan, 4, 0.0, 10.0, 0.0)
     }
 

@@ -71,6 +71,9 @@ impl Coordinator {
         if !measurement.is_acceptable() {
             return self.drop_site(site, LeaveReason::Misbehaved, commands);
         }
+        let known = |from: &SiteId| self.sites.contains_key(from);
+        let links: Vec<_> = measurement.links.iter().filter(|link| known(&link.from)).copied().collect();
+        self.exchanges.links.note(site, &links);
         let Some(plan) = self.open.iter().find(|open| open.plan.round == round).map(|open| open.plan.fragment) else {
             return;
         };
@@ -136,6 +139,7 @@ impl Coordinator {
             links: links.collect(),
             // Sites end their rounds, and so begin to fetch, at about the same time.
             sharing: Sharing::Together,
+            // The dearer one of the two for any codec: a round is sharded only where that is faster.
             exchange: Exchange::Mesh,
         }
     }

@@ -48,6 +48,26 @@ pub enum BlobKey {
         /// The round.
         round: Round,
     },
+    /// Of a delta, what one site merges in a sharded round.
+    Slice {
+        /// The round.
+        round: Round,
+        /// Index of the fragment.
+        fragment: u32,
+        /// Whose delta.
+        site: SiteId,
+        /// Who merges it.
+        reducer: SiteId,
+    },
+    /// What one site has merged in a sharded round, as little-endian f32.
+    Part {
+        /// The round.
+        round: Round,
+        /// Index of the fragment.
+        fragment: u32,
+        /// Who has merged it.
+        reducer: SiteId,
+    },
 }
 
 impl BlobKey {
@@ -69,6 +89,12 @@ impl fmt::Display for BlobKey {
                 write!(formatter, "delta of site {site}, round {round}, fragment {fragment}")
             }
             Self::State { round } => write!(formatter, "state of round {round}"),
+            Self::Slice { round, fragment, site, reducer } => {
+                write!(formatter, "slice for site {reducer} of site {site}'s delta, round {round}, fragment {fragment}")
+            }
+            Self::Part { round, fragment, reducer } => {
+                write!(formatter, "part merged by site {reducer}, round {round}, fragment {fragment}")
+            }
         }
     }
 }

@@ -1,0 +1,75 @@
+//! Slices and merged parts on their way. They come directly from sites: a round is sharded only where all can be dialled, and an object
+//! store spares nobody the upload of what each other site needs something else of.
+
+use super::{AGAIN, BULK_STREAMS, HINT_DIRECT, Problem, Transit};
+use base::{ContentHash, SiteId};
+use bytes::Bytes;
+use rounds::FragmentCodec;
+use wire::{BlobKey, BlobRequest};
+
+/// Something of a sharded round to be fetched.
+pub(crate) struct WantedShard {
+    pub(crate) key: BlobKey,
+    /// Who made it.
+    pub(crate) from: SiteId,
+    /// Values that it holds.
+    pub(crate) values: usize,
+    /// How they are coded: in f32 where they are merged.
+    pub(crate) codec: ShardCodec,
+    pub(crate) bytes: u64,
+    pub(crate) hash: ContentHash,
+}
+
+pub(crate) enum ShardCodec {
+    /// A slice of a delta: nobody but its maker has it.
+    Slice(FragmentCodec),
+    /// Whoever has fetched it can give it on.
+    Merged,
+}
+
+impl WantedShard {
+    fn check(&self, content: &[u8]) -> Result<(), formats::DecodeError> {
+        match &self.codec {
+            ShardCodec::Slice(codec) => codec.check_slice(content, self.values),
+            ShardCodec::Merged => formats::CodecKind::F32.codec().check(content, self.values),
+        }
+    }
+}
+
+impl Transit {
+    /// Fetches a slice or a merged part, and goes on until it is here. From its maker first; a merged part then from anybody.
+    pub(crate) async fn fetch_shard(&self, wanted: &WantedShard) -> Bytes {
+        let mut attempt = 1;
+        loop {
+            match self.try_shard(wanted, attempt).await {
+                Ok(content) => return content,
+                Err(problem) => self.warn(&wanted.key, problem, attempt),
+            }
+            tokio::time::sleep(AGAIN).await;
+            attempt += 1;
+        }
+    }
+
+    async fn try_shard(&self, wanted: &WantedShard, attempt: u32) -> Result<Bytes, Problem> {
+        let hint = || Some(HINT_DIRECT.to_owned());
+        let holders = match wanted.codec {
+            ShardCodec::Merged if attempt > 1 => self.shelf.all_holders(),
+            _ => self.shelf.holders(&[wanted.from]),
+        };
+        if holders.is_empty() {
+            return Err(Problem { message: "no site that has it can be dialled".to_owned(), hint: hint() });
+        }
+        let request = BlobRequest {
+            key: wanted.key.clone(),
+            bytes: wanted.bytes,
+            bytes_max: wanted.bytes,
+            hash: wanted.hash,
+            holders,
+            streams: BULK_STREAMS,
+        };
+        let fetched = self.client.fetch(&request).await;
+        let content = fetched.map_err(|error| Problem { message: error.to_string(), hint: hint() })?;
+        wanted.check(&content).map_err(|error| Problem { message: error.to_string(), hint: None })?;
+        Ok(Bytes::from(content))
+    }
+}
