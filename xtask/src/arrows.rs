@@ -29,8 +29,9 @@ const FLOORS: &[(&str, u8)] = &[
     ("xtask", 6),
 ];
 
-/// Arrows allowed within one floor: an engine implements the trait that lies beside it.
-const SAME_FLOOR_ALLOWED: &[(&str, &str)] = &[("engine-burn", "engine"), ("engine-torch", "engine")];
+/// Arrows allowed within one floor: an engine implements the trait that lies beside it, and the simulator drives the coordinator's shell.
+const SAME_FLOOR_ALLOWED: &[(&str, &str)] =
+    &[("engine-burn", "engine"), ("engine-torch", "engine"), ("simulator", "coordinator")];
 
 /// Highest floor on which crates only decide: see [`PURE_DEPENDENCIES`].
 const PURE_FLOOR_MAX: u8 = 1;

@@ -6,7 +6,8 @@
 //! checkpoints/round-00000000/   the initial state, written by `beringia init`; later ones beside it (checkpoint)
 //! events.jsonl                  what happened (telemetry)
 //! identity.pem                  this machine's key (wire)
-//! coordinator.jsonl             the coordinator's durable log (coordinator)
+//! coordinator.redb              the coordinator's durable log (coordinator)
+//! coordinator.jsonl             the same as earlier versions wrote it: taken over once
 //! ```
 
 /// Settings.
@@ -19,5 +20,9 @@ pub const CHECKPOINTS_FOLDER: &str = "checkpoints";
 pub const INITIAL_CHECKPOINT: &str = "round-00000000";
 /// Event log.
 pub const EVENTS_FILE: &str = "events.jsonl";
+/// Newest term of a coordinator that a site has followed.
+pub const TERM_FILE: &str = "term";
 /// The coordinator's durable log.
+pub const COORDINATOR_DATABASE: &str = "coordinator.redb";
+/// The same as lines of JSON, as earlier versions wrote it.
 pub const COORDINATOR_LOG: &str = "coordinator.jsonl";

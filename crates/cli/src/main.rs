@@ -18,7 +18,9 @@ mod transformers;
 mod watch;
 
 use clap::{Parser, Subcommand};
-use commands::{devices, doctor, eval, export, init, join, lab, logits, measure, sample, serve, status, train};
+use commands::{
+    devices, doctor, eval, export, init, join, lab, logits, measure, sample, serve, simulate, status, train,
+};
 use failure::Failure;
 use output::Output;
 use std::process::ExitCode;
@@ -48,6 +50,7 @@ enum Command {
     Lab(lab::Args),
     Devices(devices::Args),
     Doctor(doctor::Args),
+    Simulate(simulate::Args),
     #[command(hide = true)]
     Logits(logits::Args),
     #[command(hide = true)]
@@ -83,6 +86,7 @@ fn run(command: Command, output: &Output) -> Result<(), Failure> {
         Command::Lab(args) => lab::run(args, output),
         Command::Devices(args) => devices::run(args, output),
         Command::Doctor(args) => doctor::run(args, output),
+        Command::Simulate(args) => simulate::run(args, output),
         Command::Logits(args) => logits::run(args, output),
         Command::Measure(args) => measure::run(args, output),
     }

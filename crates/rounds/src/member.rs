@@ -11,7 +11,9 @@
 //!
 //! In a sharded round the host also merges one part of all deltas for everybody ([`sharded`]), and the commit is made of the merged parts.
 //!
-//! A directive of an older term is refused.
+//! A coordinator of an older term is refused, whatever it says: it tells its term before it asks for anything. The shell keeps the newest
+//! term on disk ([`Member::term`], [`Member::after_term`]), so that a site that starts again refuses it as well. Commits are another
+//! matter: those that a newcomer must catch up with were made in the terms of their time, and come from the coordinator of this one.
 
 mod sharded;
 
@@ -207,7 +209,10 @@ enum Place {
 pub struct Member {
     site: SiteId,
     tokens_per_second: f64,
+    /// Newest term of a coordinator that was followed.
     term: Term,
+    /// Term of the last commit.
+    commit_term: Term,
     /// Last commit that is part of the global state here, and the state's hash.
     round: Round,
     state_hash: ContentHash,
@@ -235,6 +240,7 @@ impl Member {
             site,
             tokens_per_second,
             term: Term(0),
+            commit_term: Term(0),
             round,
             state_hash,
             applied: round,
@@ -249,6 +255,17 @@ impl Member {
             rejoining: false,
             finish: None,
         }
+    }
+
+    /// The same for a site that has followed a coordinator of `term` before: no older one is followed any more.
+    #[must_use]
+    pub fn after_term(self, term: Term) -> Self {
+        Self { term: self.term.max(term), ..self }
+    }
+
+    /// Newest term of a coordinator that was followed: to be on disk before what [`Member::handle`] gave is done.
+    pub fn term(&self) -> Term {
+        self.term
     }
 
     /// What to say first.
@@ -335,6 +352,10 @@ impl Member {
             Directive::Commit(commit) => self.commit(commit, commands)?,
             Directive::Finish { round, state_hash } => self.finish = Some((round, state_hash)),
             Directive::Dropped { reason } => commands.push(MemberCommand::Quit(reason)),
+            Directive::Lead { term } if term < self.term => {
+                return Err(self.refuse(format!("that it leads in the older term {term}")));
+            }
+            Directive::Lead { term } => self.term = term,
         }
         Ok(())
     }
@@ -373,7 +394,7 @@ impl Member {
     }
 
     fn commit(&mut self, commit: Commit, commands: &mut Vec<MemberCommand>) -> Result<(), ProtocolError> {
-        if commit.term < self.term {
+        if commit.term < self.commit_term {
             return Err(self.refuse(format!("a commit of the older term {}", commit.term)));
         }
         if commit.round != self.last_commit().next() || self.commits.len() >= WAITING_MAX {
@@ -391,6 +412,7 @@ impl Member {
             }
             self.announce(commit.round, commit.fragment, *contributor, commands);
         }
+        self.commit_term = commit.term;
         self.commits.push_back(commit);
         Ok(())
     }
@@ -414,19 +436,19 @@ impl Member {
         Ok(())
     }
 
-    /// Rounds from this one on are planned anew.
+    /// Rounds from this one on are planned anew. The engine begins from the global state: what it had not given for earlier rounds, which
+    /// were committed without it, will not be given.
     fn abandon_from(&mut self, round: Round, commands: &mut Vec<MemberCommand>) {
         self.plans.retain(|planned, _| *planned < round);
         self.encoded.retain(|encoded| *encoded < round);
         self.announced.retain(|(announced, _), _| *announced < round);
         self.held.retain(|(held, _)| *held < round);
         self.shards.retain(|planned| planned < round);
-        if self.next.0 > round || self.next == (round, Place::Middle) {
-            commands.push(MemberCommand::Abandon);
+        for (_, plan) in self.plans.iter_mut().filter(|(planned, _)| !self.encoded.contains(planned)) {
+            plan.assignments.retain(|assignment| assignment.site != self.site);
         }
-        if self.next.0 >= round {
-            self.next = (round, Place::Start);
-        }
+        commands.push(MemberCommand::Abandon);
+        self.next = (round, Place::Start);
     }
 
     /// A state has been fetched: whatever was going on is void.

@@ -271,6 +271,11 @@ pub enum Directive {
         /// Why.
         reason: LeaveReason,
     },
+    /// Which term the coordinator leads in: said to a site that is ready, before anything is asked of it.
+    Lead {
+        /// Its fencing number.
+        term: Term,
+    },
 }
 
 /// Why a site is no longer part of the run.

@@ -161,6 +161,8 @@ struct World {
     coordinator: Coordinator,
     sites: BTreeMap<SiteId, FakeSite>,
     records: Vec<Record>,
+    /// Records when the last plan was made.
+    plan_records: usize,
     agreed: BTreeMap<Round, ContentHash>,
     stragglers: Vec<(SiteId, Lateness)>,
     now: f64,
@@ -196,6 +198,7 @@ impl World {
             coordinator,
             sites: BTreeMap::new(),
             records: vec![record],
+            plan_records: 0,
             agreed: BTreeMap::from([(Round(0), INITIAL)]),
             stragglers: Vec::new(),
             now: 0.0,
@@ -252,7 +255,9 @@ impl World {
                 }
                 Command::Done => self.done = true,
                 Command::Note(Note::Straggler { site, reason, .. }) => self.stragglers.push((site, reason)),
-                Command::Note(Note::RoundStarted(plan)) => self.plan = Some(plan),
+                Command::Note(Note::RoundStarted(plan)) => {
+                    (self.plan, self.plan_records) = (Some(plan), self.records.len());
+                }
                 Command::Note(Note::ExchangeChosen { round, is_sharded, .. }) => {
                     self.exchanges.push((round, is_sharded))
                 }
@@ -422,13 +427,22 @@ impl World {
         }
     }
 
+    /// What the log said of changed settings when the last plan was made, in order.
+    fn changes_before_plan(&self) -> Vec<(Round, Choice)> {
+        Self::changes_in(&self.records[..self.plan_records])
+    }
+
     /// What the log says of changed settings, in order.
     fn changes(&self) -> Vec<(Round, Choice)> {
+        Self::changes_in(&self.records)
+    }
+
+    fn changes_in(records: &[Record]) -> Vec<(Round, Choice)> {
         let change = |record: &Record| match record {
             Record::SettingsChanged { round, choice, .. } => Some((*round, *choice)),
             _ => None,
         };
-        self.records.iter().filter_map(change).collect()
+        records.iter().filter_map(change).collect()
     }
 
     /// A transfer ends, if somebody has what it fetches.
@@ -600,7 +614,10 @@ fn sites_leave_and_come_back_and_nothing_is_lost() {
                 world.join(id, state);
             }
         }
-        world.run(100_000);
+        for _ in 0..40 {
+            world.run(5_000);
+            world.bring_back_the_dropped(3);
+        }
         assert!(world.done, "seed {seed}, {shape:?}: stuck after {} commits", world.commits);
         let totals = world.coordinator.ledger().totals();
         assert_eq!(totals.open, 0, "seed {seed}, {shape:?}");
@@ -798,7 +815,8 @@ fn adaptive_world(seed: u64, shape: Shape) -> World {
 fn assert_plan_is_in_the_log(world: &World) {
     let Some(plan) = &world.plan else { return };
     let FragmentPlan { count, codec, rank, .. } = plan.fragment;
-    let before = world.changes().into_iter().rev().find(|(round, _)| *round <= plan.round);
+    // The newest, also where the run has gone back to a round before it.
+    let before = world.changes_before_plan().pop();
     let in_log = before.map_or(Choice::of(&world.settings.sync), |(_, choice)| choice);
     assert_eq!((count, codec, rank), (in_log.fragments, in_log.codec, in_log.rank), "round {}", plan.round);
     let is_whole = plan.first_step + plan.steps < world.settings.steps_total;

@@ -444,6 +444,7 @@ impl Drop for Coordinator {
 
 struct Agent {
     engine: EngineHandle,
+    folder: RunFolder,
     config: RunConfig,
     member: Option<Member>,
     site: SiteId,
@@ -513,6 +514,7 @@ impl Agent {
         let transit = Transit::new(site, client.clone(), Arc::clone(&shelf), store, Arc::clone(&reporter));
         Self {
             engine,
+            folder: options.folder.clone(),
             config,
             member: None,
             site,
@@ -706,8 +708,14 @@ impl Agent {
             }
             return Ok(());
         };
+        let term_before = member.term();
         match member.handle(event) {
             Ok(commands) => {
+                let term = member.term();
+                if term > term_before {
+                    // Before anything is done for that coordinator: started again, this site must refuse an older one as well.
+                    self.folder.keep_term(term)?;
+                }
                 for command in commands {
                     self.obey(command).await;
                 }
@@ -885,7 +893,8 @@ impl Agent {
         match done {
             Done::Prepared { tokens_per_second } => {
                 let (round, state_hash) = self.held;
-                let member = Member::new(self.site, round, state_hash, tokens_per_second);
+                let member =
+                    Member::new(self.site, round, state_hash, tokens_per_second).after_term(self.folder.term());
                 let start = member.start();
                 self.member = Some(member);
                 self.emit(Event::SiteReady { site: self.site, tokens_per_second });

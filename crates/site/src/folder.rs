@@ -2,11 +2,11 @@
 
 use crate::state::{SavedState, TrainingState};
 use base::config::{ConfigError, RUN_TOML_BYTES_MAX};
-use base::layout::{CHECKPOINTS_FOLDER, DATA_FOLDER, EVENTS_FILE, RUN_FILE};
-use base::{Hint, RunConfig};
+use base::layout::{CHECKPOINTS_FOLDER, DATA_FOLDER, EVENTS_FILE, RUN_FILE, TERM_FILE};
+use base::{Hint, RunConfig, Term};
 use checkpoint::{LoadError, Skipped};
 use data::{Dataset, DatasetError, Split};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 /// The folder of a run.
@@ -20,6 +20,14 @@ pub enum FolderError {
     /// There is no `run.toml`, or it cannot be read.
     #[error("{path}: {source}", path = path.display())]
     Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The newest term that was followed cannot be written down.
+    #[error("{path}: {source}", path = path.display())]
+    Write {
         /// The file.
         path: PathBuf,
         /// What the system said.
@@ -63,6 +71,9 @@ impl Hint for FolderError {
             Self::Read { path, .. } => {
                 let folder = path.parent().unwrap_or(path).display();
                 Some(format!("`beringia init {folder} --data FOLDER` makes a run"))
+            }
+            Self::Write { path, .. } => {
+                Some(format!("make room or allow writing: `df -h {}`", path.parent().unwrap_or(path).display()))
             }
             Self::Config { source, .. } => source.hint(),
             Self::Data(error) => error.hint(),
@@ -120,6 +131,30 @@ impl RunFolder {
         let text = read().map_err(|source| FolderError::Read { path: path.clone(), source })?;
         let config = RunConfig::from_toml(&text).map_err(|source| FolderError::Config { path, source })?;
         Ok((config, text))
+    }
+
+    /// Newest term of a coordinator that this site has followed; 0 before the first. A file that is damaged is no reason not to train: it
+    /// says the same as none.
+    pub fn term(&self) -> Term {
+        let written = std::fs::read_to_string(self.0.join(TERM_FILE)).ok();
+        Term(written.and_then(|text| text.trim().parse().ok()).unwrap_or(0))
+    }
+
+    /// Writes that down: on stable storage when it returns.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn keep_term(&self, term: Term) -> Result<(), FolderError> {
+        let path = self.0.join(TERM_FILE);
+        let partial = path.with_extension("partial");
+        let write = || {
+            let mut file = std::fs::File::create(&partial)?;
+            writeln!(file, "{term}")?;
+            file.sync_all()?;
+            std::fs::rename(&partial, &path)?;
+            std::fs::File::open(&self.0)?.sync_all()
+        };
+        write().map_err(|source| FolderError::Write { path: path.clone(), source })
     }
 
     /// Opens one split of the data; `verify` hashes every byte first.

@@ -11,5 +11,6 @@ pub(crate) mod logits;
 pub(crate) mod measure;
 pub(crate) mod sample;
 pub(crate) mod serve;
+pub(crate) mod simulate;
 pub(crate) mod status;
 pub(crate) mod train;

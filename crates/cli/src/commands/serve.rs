@@ -6,8 +6,8 @@ use crate::models::refresh_initial_state;
 use crate::output::Output;
 use crate::signals::{runtime, stop_requested};
 use crate::watch::Watch;
-use base::layout::{COORDINATOR_LOG, EVENTS_FILE};
-use coordinator::{FileStore, ReferenceSource, RunFiles, ServeOptions};
+use base::layout::EVENTS_FILE;
+use coordinator::{ReferenceSource, RunFiles, ServeOptions};
 use site::RunFolder;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -46,7 +46,7 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         files.config.sync.sites = sites;
         files.config.validate()?;
     }
-    let (store, lines) = FileStore::open(&args.run.join(COORDINATOR_LOG))?;
+    let (store, lines) = coordinator::open_log(&args.run)?;
     let identity = Identity::load_or_create(&args.run)?;
     let log = EventLog::open(&args.run.join(EVENTS_FILE), "coordinator", Box::new(system_unix_ms))?;
     let reporter = Reporter::new(log, Watch::new(output, &files.config).watcher());

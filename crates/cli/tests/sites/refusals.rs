@@ -67,7 +67,7 @@ fn a_port_or_a_run_in_use_is_refused() {
     let second = place.ended(&["serve", "run", "--listen", "127.0.0.1:0"]);
     assert_eq!(
         second.failure(),
-        "error: run/coordinator.jsonl: another coordinator of this run is at work\n\
+        "error: run/coordinator.redb: another coordinator of this run is at work\n\
          hint: stop the other `beringia serve` of this run first: `pgrep -af 'beringia serve'`\n"
     );
 }

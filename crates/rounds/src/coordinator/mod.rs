@@ -49,6 +49,9 @@ const COMPUTE_SECONDS_MIN: f64 = 1e-6;
 /// Sites pulse every 2 s: after this long without a word one counts as silent.
 const SILENCE_SECONDS: f64 = 6.0;
 
+/// Merging what has been fetched takes less.
+const STRANDED_SECONDS_MAX: f64 = 6.0;
+
 #[derive(Debug, Clone)]
 struct Site {
     peer: Peer,
@@ -56,6 +59,8 @@ struct Site {
     held: Option<(Round, ContentHash)>,
     /// It takes part: from the state of this round on it has been sent every commit.
     since: Option<Round>,
+    /// The last commit when that began: it has the deltas of later ones, or can have them from those that had them then.
+    placed_at: Round,
     /// The last commit that it says it has applied.
     applied: Round,
     /// Tokens a second.
@@ -68,13 +73,32 @@ struct Site {
     merged_tokens: BTreeMap<u32, u64>,
     /// When a word of it was last heard.
     heard: f64,
+    /// Since when nobody has the deltas that it lacks, as far as is known.
+    stranded_since: Option<f64>,
 }
 
 impl Site {
     fn new(peer: Peer, now: f64) -> Self {
         let (owed, merged_tokens) = (BTreeMap::new(), BTreeMap::new());
-        let (speed, applied) = (Speed::new(1.0), Round(0));
-        Self { peer, held: None, since: None, applied, speed, owed, trained_tokens: 0, merged_tokens, heard: now }
+        let (speed, applied, placed_at) = (Speed::new(1.0), Round(0), Round(0));
+        Self {
+            peer,
+            held: None,
+            since: None,
+            placed_at,
+            applied,
+            speed,
+            owed,
+            trained_tokens: 0,
+            merged_tokens,
+            heard: now,
+            stranded_since: None,
+        }
+    }
+
+    /// Whether the deltas of that commit came here, of a site that takes part.
+    fn has_deltas_of(&self, round: Round) -> bool {
+        self.since.is_some_and(|since| self.placed_at < round || self.applied.max(since) >= round)
     }
 }
 
@@ -280,6 +304,7 @@ impl Coordinator {
         if let Some(site) = self.sites.get_mut(&id) {
             site.held = Some(held);
             site.speed = Speed::new(tokens_per_second);
+            commands.push(Command::Send(id, Directive::Lead { term: self.term }));
             commands.push(Command::Note(Note::SiteReady { site: id, tokens_per_second }));
         }
     }
@@ -376,6 +401,7 @@ impl Coordinator {
 
     fn enforce_deadline(&mut self, now: f64, commands: &mut Vec<Command>) {
         self.drop_the_hopeless(commands);
+        self.drop_the_stranded(now, commands);
         let Some(front) = self.open.front() else { return };
         if now <= front.deadline {
             return;
@@ -404,11 +430,28 @@ impl Coordinator {
         let kept = self.rounds_kept();
         for site in self.current() {
             let Some(Site { since: Some(since), applied, owed, .. }) = self.sites.get(&site) else { continue };
-            let behind = last.0.saturating_sub(applied.max(since).0);
+            let reached = applied.max(since);
+            let behind = last.0.saturating_sub(reached.0);
             if behind > kept {
                 let slow = owed.keys().next().is_some_and(|round| *round <= last);
                 let reason = if slow { LeaveReason::TooSlow } else { LeaveReason::DeltasMissing };
                 self.drop_site(site, reason, commands);
+            }
+        }
+    }
+
+    /// A site that was let in because others had what it lacked, and they have left since: it may have fetched that just before, and
+    /// will say so, or it waits for what nobody has.
+    fn drop_the_stranded(&mut self, now: f64, commands: &mut Vec<Command>) {
+        let last = self.last().commit.round;
+        for id in self.current() {
+            let Some(Site { since: Some(since), applied, .. }) = self.sites.get(&id) else { continue };
+            let is_to_be_had = |round| self.sites.values().any(|other| other.has_deltas_of(Round(round)));
+            let is_stranded = !(applied.max(since).0 + 1..=last.0).all(is_to_be_had);
+            let Some(site) = self.sites.get_mut(&id) else { continue };
+            site.stranded_since = site.stranded_since.or(Some(now)).filter(|_| is_stranded);
+            if site.stranded_since.is_some_and(|since| now - since > STRANDED_SECONDS_MAX) {
+                self.drop_site(id, LeaveReason::DeltasMissing, commands);
             }
         }
     }
@@ -498,15 +541,19 @@ impl Coordinator {
     fn can_follow_from(&self, round: Round, state_hash: ContentHash) -> bool {
         let last = self.last().commit.round;
         let known = self.history.iter().rev().find(|committed| committed.commit.round == round);
-        let kept = round == last || (round >= self.started_at && last.0 - round.0 <= self.rounds_kept() / 2);
+        // A site may say that it holds a round that this log has not got.
+        let behind = last.0.checked_sub(round.0);
+        let near = behind.is_some_and(|behind| behind <= self.rounds_kept() / 2);
+        let kept = round == last || (round >= self.started_at && near);
         kept && known.is_some_and(|committed| committed.state_hash == Some(state_hash))
     }
 
     /// Tells a site that becomes current what it must follow: commits since its state, then the rounds that are open, in which it
     /// has no part.
     fn place(&mut self, id: SiteId, round: Round, commands: &mut Vec<Command>) {
+        let last = self.last().commit.round;
         let Some(site) = self.sites.get_mut(&id) else { return };
-        (site.since, site.applied) = (Some(round), round);
+        (site.since, site.placed_at, site.applied) = (Some(round), last, round);
         let newer = self.history.iter().filter(|committed| committed.commit.round > round);
         commands.extend(newer.map(|committed| Command::Send(id, Directive::Commit(committed.commit.clone()))));
         for open in &self.open {
@@ -654,8 +701,16 @@ impl Coordinator {
                 self.ledger.give_back(open.plan.round, site);
             }
         }
+        // Who is told of another plan for a round begins anew from the global state: nothing that it has not given to a merge is left.
+        for site in self.current() {
+            self.ledger.rounds_leased(site).into_iter().for_each(|leased| self.ledger.give_back(leased, site));
+        }
+        let fragments = self.settings.sync.fragments;
+        for site in self.sites.values_mut() {
+            site.owed.clear();
+            site.merged_tokens = (0..fragments).map(|index| (index, site.trained_tokens)).collect();
+        }
         self.flushes = self.flushes_committed();
-        self.sites.values_mut().for_each(|site| site.owed.retain(|owed, _| *owed < round));
         commands.push(Command::Note(Note::RoundAbandoned { round }));
     }
 

@@ -1,87 +1,12 @@
-//! The coordinator's durable log.
+//! A log of JSON lines: what people can read, and what coordinators wrote before the log was a [`super::database`].
 //!
 //! One JSON object a line, appended and synced before any later effect. A crash in mid-write leaves a torn last line, which
 //! was never acted upon: it is cut off at the next start.
 
-use base::{ContentHash, Hint, SiteId};
-use rounds::coordinator::Record;
-use serde::{Deserialize, Serialize};
+use super::{LINE_BYTES_MAX, Line, Store, StoreError};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-
-/// Longest line read. A commit of 10,000 contributors, about 200 bytes each, and a ledger with as many ranges.
-const LINE_BYTES_MAX: u64 = 16 << 20;
-
-/// What the log holds.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Line {
-    /// A machine was given a site id, which it keeps.
-    Admitted {
-        /// The id.
-        admitted: SiteId,
-        /// Its name.
-        name: String,
-        /// BLAKE3 of its certificate.
-        fingerprint: ContentHash,
-    },
-    /// A decision.
-    Decision(Record),
-}
-
-/// Where decisions outlive the process.
-pub trait Store: Send {
-    /// Appends one line; it is on stable storage when this returns.
-    ///
-    /// # Errors
-    /// It could not be written: the caller must not act on it.
-    fn append(&mut self, line: &Line) -> Result<(), StoreError>;
-}
-
-/// Why the log failed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StoreError {
-    /// It cannot be read or written.
-    #[error("{path}: {source}", path = path.display())]
-    File {
-        /// The log.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// A line in the middle is damaged: what follows cannot be trusted.
-    #[error("{path}, line {line}: {reason}", path = path.display())]
-    Damaged {
-        /// The log.
-        path: PathBuf,
-        /// From 1.
-        line: usize,
-        /// What the parser met.
-        reason: String,
-    },
-    /// Another coordinator uses it.
-    #[error("{path}: another coordinator of this run is at work", path = path.display())]
-    InUse {
-        /// The log.
-        path: PathBuf,
-    },
-}
-
-impl Hint for StoreError {
-    fn hint(&self) -> Option<String> {
-        Some(match self {
-            Self::File { path, .. } => format!("make room or allow writing: `df -h {}`", path.display()),
-            Self::Damaged { path, .. } => {
-                format!("restore {} from a copy; without it `beringia init` begins a new run", path.display())
-            }
-            Self::InUse { .. } => {
-                "stop the other `beringia serve` of this run first: `pgrep -af 'beringia serve'`".to_owned()
-            }
-        })
-    }
-}
 
 /// A log in a file, locked against a second coordinator.
 #[derive(Debug)]
@@ -112,9 +37,9 @@ fn read_lines(path: &Path, file: &File) -> Result<(Vec<Line>, u64), StoreError> 
     let mut reader = BufReader::new(file);
     loop {
         let mut bytes = Vec::new();
-        let read = io::Read::take(&mut reader, LINE_BYTES_MAX).read_until(b'\n', &mut bytes);
+        let read = io::Read::take(&mut reader, LINE_BYTES_MAX as u64).read_until(b'\n', &mut bytes);
         read.map_err(|source| StoreError::File { path: path.to_owned(), source })?;
-        let too_long = bytes.len() as u64 == LINE_BYTES_MAX;
+        let too_long = bytes.len() == LINE_BYTES_MAX;
         if bytes.last() != Some(&b'\n') && !too_long {
             return Ok((lines, whole_bytes));
         }
@@ -130,8 +55,7 @@ fn read_lines(path: &Path, file: &File) -> Result<(Vec<Line>, u64), StoreError> 
 
 impl Store for FileStore {
     fn append(&mut self, line: &Line) -> Result<(), StoreError> {
-        let mut bytes = serde_json::to_vec(line)
-            .unwrap_or_else(|error| unreachable!("every line is representable in JSON: {error}"));
+        let mut bytes = line.encode();
         bytes.push(b'\n');
         let written = self.file.write_all(&bytes).and_then(|()| self.file.sync_data());
         written.map_err(|source| StoreError::File { path: self.path.clone(), source })
@@ -141,7 +65,8 @@ impl Store for FileStore {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use base::{Round, Term};
+    use base::{ContentHash, Round, SiteId, Term};
+    use rounds::coordinator::Record;
 
     fn term(term: u64) -> Line {
         Line::Decision(Record::TermStarted { term: Term(term) })

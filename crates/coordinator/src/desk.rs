@@ -1,0 +1,574 @@
+//! The coordinator's desk: everything between "a site said this" and "write that down, then send these", without a socket, a clock or
+//! a task.
+//!
+//! [`crate::serve`] is the I/O around it, and a simulator can be another: time is an argument, the log is a [`Store`], and what leaves
+//! goes through an [`Outlet`]. So what is simulated is what ships: who is admitted, which words count, that a decision is on stable
+//! storage before its effect is sent, and that a site which does not read its messages is dropped, not waited for.
+//!
+//! It decides no more than that itself: rounds are decided by [`rounds::Coordinator`].
+
+use crate::store::{Line, Store, StoreError};
+use base::{ContentHash, Round, RunConfig, SiteId, Term};
+use rounds::adaptive::Choice;
+use rounds::coordinator::{Lateness, Note, Record};
+use rounds::{
+    Command, Commit, Coordinator, Directive, Event as Input, LeaveReason, LedgerTotals, Peer, Settings, SiteDevice,
+};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use telemetry::event::{Contributor, SiteShare};
+use telemetry::{Event, LeaseShare};
+use wire::Secret;
+use wire::message::{FromCoordinator, FromSite, Greeting, Role, RunFile, SiteHello, Welcome};
+
+/// Machines one invite can admit: a run with more sites than that wants more than one coordinator.
+pub const ADMISSIONS_MAX: usize = 10_000;
+
+/// What a site is told of its run, and what the decisions begin with.
+#[derive(Debug, Clone)]
+pub struct Briefing {
+    /// Settings.
+    pub config: RunConfig,
+    /// Their text, as every site gets it.
+    pub config_text: String,
+    /// What a site fetches before it begins.
+    pub files: Vec<RunFile>,
+    /// Hash of the global state of round 0.
+    pub initial_hash: ContentHash,
+    /// Number of parameters, for people.
+    pub parameters: u64,
+}
+
+/// How to coordinate.
+#[derive(Debug, Clone)]
+pub struct DeskOptions {
+    /// What a machine must know that was not admitted before.
+    pub secret: Secret,
+    /// Finish after this many rounds of the run, if that is before its end.
+    pub rounds_max: Option<u64>,
+    /// Finish after this time of training.
+    pub train_seconds_max: Option<f64>,
+}
+
+/// Which connection of a site: words of an older one are ignored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LinkNumber(u64);
+
+/// Where messages and events leave. Nothing here waits.
+pub trait Outlet {
+    /// Queues a message behind those that were queued before; false where the site does not take its messages.
+    fn send(&mut self, link: LinkNumber, message: FromCoordinator) -> bool;
+
+    /// Sends what is queued, then closes.
+    fn close(&mut self, link: LinkNumber);
+
+    /// Tells people.
+    fn tell(&mut self, event: Event);
+}
+
+/// Who stands at the door: an authenticated connection that has greeted.
+#[derive(Debug, Clone)]
+pub struct Visitor {
+    /// BLAKE3 of its certificate.
+    pub fingerprint: ContentHash,
+    /// Where it comes from.
+    pub address: SocketAddr,
+    /// What it wants.
+    pub greeting: Greeting,
+}
+
+/// The answer to a visitor.
+#[derive(Debug)]
+pub enum Verdict {
+    /// It is told why, and what mends that.
+    Refused {
+        /// Why.
+        reason: String,
+        /// What mends it.
+        hint: &'static str,
+    },
+    /// It may see the status once.
+    Observer,
+    /// It is a site. Its connection gets the number [`Admission::link`]; then [`Desk::enter`] lets it in.
+    Site(Box<Admission>),
+}
+
+/// A site that may come in. That it was admitted is in the log.
+#[derive(Debug)]
+pub struct Admission {
+    /// The number of its connection.
+    pub link: LinkNumber,
+    /// Who it is.
+    pub peer: Peer,
+    hello: SiteHello,
+}
+
+/// How the run, or this coordinator's part in it, ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Rounds committed.
+    pub rounds: Round,
+    /// BLAKE3 of the state that every site holds; `None` where not all could say so.
+    pub state_hash: Option<ContentHash>,
+    /// Tokens committed.
+    pub tokens: u64,
+    /// Sample accounting.
+    pub ledger: LedgerTotals,
+    /// Whether every planned step was done.
+    pub finished: bool,
+}
+
+/// A coordinator without its sockets and its clock.
+pub struct Desk {
+    briefing: Briefing,
+    store: Box<dyn Store>,
+    coordinator: Coordinator,
+    options: DeskOptions,
+    admitted: BTreeMap<ContentHash, SiteId>,
+    links: BTreeMap<SiteId, LinkNumber>,
+    links_made: u64,
+    /// When the first round began.
+    training_since: Option<f64>,
+    /// Commits that not all sites have confirmed, with the seconds that their rounds took.
+    unsettled: BTreeMap<Round, (Commit, f64)>,
+    done: bool,
+}
+
+impl Desk {
+    /// Goes on where the log ends, in a new term, which is in the log when this returns.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub fn open(
+        briefing: Briefing,
+        (mut store, lines): (Box<dyn Store>, Vec<Line>),
+        options: DeskOptions,
+        outlet: &mut dyn Outlet,
+    ) -> Result<Self, StoreError> {
+        let mut settings = Settings::new(&briefing.config);
+        if let Some(rounds) = options.rounds_max {
+            settings.steps_total = settings.steps_total.min(rounds * settings.steps_per_round);
+        }
+        let (mut admitted, mut records) = (BTreeMap::new(), Vec::new());
+        for line in lines {
+            match line {
+                Line::Admitted { admitted: site, fingerprint, .. } => {
+                    admitted.insert(fingerprint, site);
+                }
+                Line::Decision(record) => records.push(record),
+            }
+        }
+        let (coordinator, record) = Coordinator::recover(settings, briefing.initial_hash, records);
+        store.append(&Line::Decision(record))?;
+        let desk = Self {
+            briefing,
+            store,
+            coordinator,
+            options,
+            admitted,
+            links: BTreeMap::new(),
+            links_made: 0,
+            training_since: None,
+            unsettled: BTreeMap::new(),
+            done: false,
+        };
+        desk.announce(outlet);
+        Ok(desk)
+    }
+
+    fn announce(&self, outlet: &mut dyn Outlet) {
+        let config = &self.briefing.config;
+        let step_tokens = (config.train.batch_samples * config.data.sequence_length) as u64;
+        let resumed = self.coordinator.last().commit.round;
+        outlet.tell(Event::RunStarted {
+            run: config.run.name.clone(),
+            strategy: config.sync.strategy.name().to_owned(),
+            sites: config.sync.sites,
+            parameters: self.briefing.parameters,
+            tokens_planned: config.train.steps * step_tokens,
+            rounds_planned: config.rounds_total(),
+            engine: None,
+            resumed_round: (resumed > Round(0)).then_some(resumed),
+        });
+    }
+
+    /// Whether the run is over and every site has left.
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+
+    /// The current term.
+    pub fn term(&self) -> Term {
+        self.coordinator.term()
+    }
+
+    /// Whether that machine was ever admitted.
+    pub fn knows(&self, fingerprint: &ContentHash) -> bool {
+        self.admitted.contains_key(fingerprint)
+    }
+
+    /// All machines that were.
+    pub fn admitted(&self) -> impl Iterator<Item = ContentHash> + '_ {
+        self.admitted.keys().copied()
+    }
+
+    /// Whether that is the site's newest connection, and still in use.
+    pub fn is_current(&self, site: SiteId, link: LinkNumber) -> bool {
+        self.links.get(&site) == Some(&link)
+    }
+
+    /// Sample accounting so far.
+    pub fn ledger(&self) -> &rounds::Ledger {
+        self.coordinator.ledger()
+    }
+
+    /// Judges a visitor. A site that is new here is in the log when this returns.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub fn greet(&mut self, visitor: Visitor) -> Result<Verdict, StoreError> {
+        let again = "ask for the invite that `beringia serve` prints now";
+        let refused = |reason: String, hint| Ok(Verdict::Refused { reason, hint });
+        let Visitor { fingerprint, address, greeting } = visitor;
+        if !greeting.is_acceptable() {
+            let hint = "use the same version of beringia on both sides";
+            return refused("its greeting is out of bounds".to_owned(), hint);
+        }
+        if greeting.run != self.briefing.config.run.name {
+            return refused(format!("this is run '{}', not '{}'", self.briefing.config.run.name, greeting.run), again);
+        }
+        let known = self.admitted.get(&fingerprint).copied();
+        let invited = greeting.secret.as_ref().is_some_and(|secret| *secret == self.options.secret);
+        if known.is_none() && !invited {
+            return refused("the invite is not valid any more".to_owned(), again);
+        }
+        let Role::Site(hello) = greeting.role else { return Ok(Verdict::Observer) };
+        let Some(site) = self.site_id(known, &hello, fingerprint)? else {
+            return refused(format!("this run has admitted {ADMISSIONS_MAX} machines already"), "start a second run");
+        };
+        self.links_made += 1;
+        let address = site_address(&hello, address);
+        let peer = Peer { site, name: hello.name.clone(), address, fingerprint };
+        Ok(Verdict::Site(Box::new(Admission { link: LinkNumber(self.links_made), peer, hello })))
+    }
+
+    /// The id that a machine keeps; `None` where there are too many.
+    fn site_id(
+        &mut self,
+        known: Option<SiteId>,
+        hello: &SiteHello,
+        fingerprint: ContentHash,
+    ) -> Result<Option<SiteId>, StoreError> {
+        if known.is_some() || self.admitted.len() >= ADMISSIONS_MAX {
+            return Ok(known);
+        }
+        let site = SiteId(self.admitted.len() as u32);
+        self.store.append(&Line::Admitted { admitted: site, name: hello.name.clone(), fingerprint })?;
+        self.admitted.insert(fingerprint, site);
+        Ok(Some(site))
+    }
+
+    /// Lets a site in, over the connection of that number: from now on the outlet takes messages for it.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub fn enter(&mut self, admission: Admission, now: f64, outlet: &mut dyn Outlet) -> Result<(), StoreError> {
+        let Admission { link, peer, hello } = admission;
+        let site = peer.site;
+        if let Some(older) = self.links.insert(site, link) {
+            outlet.close(older);
+        }
+        let welcome = FromCoordinator::Welcome(Welcome {
+            site,
+            run_toml: self.briefing.config_text.clone(),
+            model_hash: self.briefing.config.model_hash(),
+            files: self.briefing.files.clone(),
+        });
+        // An empty queue takes one message.
+        let _fits = outlet.send(link, welcome);
+        outlet.tell(Event::SiteJoined {
+            site,
+            name: peer.name.clone(),
+            address: peer.address.clone(),
+            engine: hello.engine,
+            threads: hello.threads,
+            slowdown: hello.slowdown,
+        });
+        self.decide(Input::Connected(peer), now, outlet)
+    }
+
+    /// A site said something over that connection.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub fn said(
+        &mut self,
+        (site, link): (SiteId, LinkNumber),
+        message: FromSite,
+        now: f64,
+        outlet: &mut dyn Outlet,
+    ) -> Result<(), StoreError> {
+        if !self.is_current(site, link) {
+            return Ok(());
+        }
+        match message {
+            FromSite::Report(report) => self.decide(Input::Reported(site, report), now, outlet),
+            FromSite::Evaluated { round, nats_per_token, bits_per_byte, bigram_bits_per_byte, tokens } => {
+                let step = self.coordinator.step_of(round);
+                let numbers = [nats_per_token, bits_per_byte, bigram_bits_per_byte];
+                if !numbers.iter().all(|number| number.is_finite()) {
+                    return Ok(());
+                }
+                outlet.tell(Event::Evaluated {
+                    round,
+                    step,
+                    nats_per_token,
+                    bits_per_byte,
+                    bigram_bits_per_byte,
+                    tokens,
+                });
+                self.decide(Input::Evaluated { site, round, nats_per_token }, now, outlet)
+            }
+            FromSite::Fetched { round, from, bytes, seconds } => {
+                outlet.tell(Event::DeltaFetched { round, from_site: from, bytes, seconds });
+                Ok(())
+            }
+            FromSite::Pulse => self.decide(Input::Heard(site), now, outlet),
+        }
+    }
+
+    /// A connection ended, or was silent for too long.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub fn lost(
+        &mut self,
+        (site, link): (SiteId, LinkNumber),
+        now: f64,
+        outlet: &mut dyn Outlet,
+    ) -> Result<(), StoreError> {
+        if !self.is_current(site, link) {
+            return Ok(());
+        }
+        self.links.remove(&site);
+        outlet.close(link);
+        self.decide(Input::Disconnected(site, LeaveReason::ConnectionLost), now, outlet)
+    }
+
+    /// Time passed: called about once a second.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub fn tick(&mut self, now: f64, outlet: &mut dyn Outlet) -> Result<(), StoreError> {
+        for link in self.links.values() {
+            // A full queue is dealt with where a directive does not fit.
+            let _full = outlet.send(*link, FromCoordinator::Pulse);
+        }
+        let trained = self.training_since.map_or(0.0, |since| now - since);
+        if self.options.train_seconds_max.is_some_and(|max| trained >= max) {
+            self.options.train_seconds_max = None;
+            self.stop(now, outlet)?;
+        }
+        self.decide(Input::Tick, now, outlet)
+    }
+
+    /// Finish after the round in progress.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub fn stop(&mut self, now: f64, outlet: &mut dyn Outlet) -> Result<(), StoreError> {
+        self.decide(Input::StopRequested, now, outlet)
+    }
+
+    /// Does what the decisions say, in their order: a record is on stable storage before any later message is queued.
+    fn decide(&mut self, input: Input, now: f64, outlet: &mut dyn Outlet) -> Result<(), StoreError> {
+        let mut inputs = vec![input];
+        while let Some(input) = inputs.pop() {
+            for command in self.coordinator.handle(input, now) {
+                match command {
+                    Command::Persist(record) => self.persist(record)?,
+                    Command::Send(site, directive) => {
+                        if !self.send(site, directive, outlet) {
+                            inputs.push(Input::Disconnected(site, LeaveReason::ConnectionLost));
+                        }
+                    }
+                    Command::Note(note) => self.note(note, now, outlet),
+                    Command::Done => self.done = true,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn persist(&mut self, record: Record) -> Result<(), StoreError> {
+        self.store.append(&Line::Decision(record))
+    }
+
+    /// Queues a directive; false where the site does not take its messages, and its connection is given up.
+    fn send(&mut self, site: SiteId, directive: Directive, outlet: &mut dyn Outlet) -> bool {
+        let is_last = matches!(directive, Directive::Dropped { .. });
+        let Some(link) = self.links.get(&site).copied() else { return true };
+        let is_taken = outlet.send(link, FromCoordinator::Directive(directive));
+        if is_last || !is_taken {
+            self.links.remove(&site);
+            outlet.close(link);
+        }
+        is_taken
+    }
+
+    fn note(&mut self, note: Note, now: f64, outlet: &mut dyn Outlet) {
+        let event = match note {
+            Note::RoundStarted(plan) => {
+                self.training_since.get_or_insert(now);
+                let leases = plan.assignments.iter().map(|assignment| LeaseShare {
+                    site: assignment.site,
+                    start: assignment.lease.first().map_or(0, |range| range.start),
+                    end: assignment.lease.last().map_or(0, |range| range.end),
+                    steps: assignment.steps,
+                    samples_per_step: assignment.samples.div_ceil(assignment.steps.max(1)),
+                    samples: assignment.samples,
+                    share: assignment.share,
+                });
+                Event::RoundStarted { round: plan.round, term: plan.term, leases: leases.collect() }
+            }
+            Note::Committed { commit, seconds, totals } => {
+                self.unsettled.insert(commit.round, (commit, seconds));
+                let LedgerTotals { leased, committed, returned, lost, .. } = totals;
+                Event::Ledger { leased, committed, returned, lost }
+            }
+            Note::Agreed { round, state_hash } => match self.agreed(round, state_hash) {
+                Some(event) => event,
+                None => return,
+            },
+            other => match event_of(other) {
+                Some(event) => event,
+                None => return,
+            },
+        };
+        outlet.tell(event);
+    }
+
+    /// A commit is told to people once all sites hold the same state.
+    fn agreed(&mut self, round: Round, state_hash: ContentHash) -> Option<Event> {
+        let (commit, seconds) = self.unsettled.remove(&round)?;
+        let tokens: u64 = commit.contributors.iter().map(|contributor| contributor.tokens).sum();
+        let weigh = |contributor: &rounds::Contributor| Contributor {
+            site: contributor.site,
+            tokens: contributor.tokens,
+            weight: contributor.tokens as f64 / tokens.max(1) as f64,
+        };
+        Some(Event::RoundCommitted {
+            round: commit.round,
+            term: commit.term,
+            contributors: commit.contributors.iter().map(weigh).collect(),
+            cursor: commit.cursor,
+            state_hash,
+            seconds,
+            tokens_total: self.tokens_committed(),
+        })
+    }
+
+    fn tokens_committed(&self) -> u64 {
+        self.coordinator.ledger().totals().committed * self.briefing.config.data.sequence_length as u64
+    }
+
+    /// How it ended, once [`Desk::is_done`].
+    pub fn summarise(&self, outlet: &mut dyn Outlet) -> Summary {
+        let last = self.coordinator.last();
+        let (rounds, state_hash) = (last.commit.round, last.state_hash);
+        let summary = Summary {
+            rounds,
+            state_hash,
+            tokens: self.tokens_committed(),
+            ledger: self.coordinator.ledger().totals(),
+            finished: last.commit.step >= self.briefing.config.train.steps,
+        };
+        let verdict = match (summary.finished, state_hash) {
+            (true, Some(_)) => "every planned step is done and all sites hold one state",
+            (false, Some(_)) => "stopped; all sites hold one state and the run can go on",
+            (_, None) => "stopped before the sites could agree on the last round",
+        };
+        outlet.tell(Event::RunFinished {
+            verdict: verdict.to_owned(),
+            state_hash: state_hash.unwrap_or_default(),
+            rounds: rounds.0,
+            tokens: summary.tokens,
+        });
+        summary
+    }
+}
+
+/// Notes that need nothing but themselves to be told.
+fn event_of(note: Note) -> Option<Event> {
+    Some(match note {
+        Note::SiteReady { site, tokens_per_second } => Event::SiteReady { site, tokens_per_second },
+        Note::SiteDevice { site, device } => {
+            let SiteDevice { engine, name, maker, driver, memory_bytes, precision } = device;
+            Event::SiteDevice { site, engine, name, maker, driver, memory_bytes, precision }
+        }
+        Note::SiteLeft { site, reason } => {
+            let reason = serde_json::to_value(reason).ok().and_then(|v| v.as_str().map(str::to_owned));
+            Event::SiteLeft { site, reason: reason.unwrap_or_default() }
+        }
+        Note::Computed { site, round, contribution } => Event::RoundComputed {
+            round,
+            site,
+            tokens: contribution.tokens,
+            compute_seconds: contribution.compute_seconds,
+            loss_nats: contribution.loss_nats,
+        },
+        Note::Straggler { site, round, reason, waited_seconds } => {
+            Event::Straggler { round, site, reason: describe_lateness(reason).to_owned(), waited_seconds }
+        }
+        Note::Diverged { site, round, expected, found } => {
+            Event::Diverged { round, site, hash_expected: expected, hash_found: found }
+        }
+        Note::SharesMoved { weights } => {
+            let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
+            let share = |(site, weight): (SiteId, f64)| SiteShare { site, share: weight / total };
+            let shares = weights.into_iter().map(share).collect();
+            Event::SharesChanged { reason: "measured speeds moved".to_owned(), shares }
+        }
+        Note::SettingsChanged { round, change } => {
+            let Choice { inner_steps, fragments, overlap_steps, codec, rank } = change.to;
+            let (codec, reason) = (codec.name().to_owned(), change.reason);
+            Event::SettingsChanged { round, inner_steps, fragments, overlap_steps, codec, rank, reason }
+        }
+        Note::ExchangeChosen { round, is_sharded, reason } => {
+            let exchange = if is_sharded { "sharded" } else { "mesh" }.to_owned();
+            Event::ExchangeChosen { round, exchange, reason }
+        }
+        Note::RolledBack { from, to } => Event::Warning {
+            message: format!("no site holds round {from} any more: the run goes back to round {to}"),
+            hint: Some("save more often: lower [checkpoint] every_rounds".to_owned()),
+        },
+        Note::RoundAbandoned { round } => Event::Warning {
+            message: format!("every working site left during round {round}; its samples will be leased again"),
+            hint: Some("run the same `beringia join` again on the sites".to_owned()),
+        },
+        _ => return None,
+    })
+}
+
+/// Where others dial a site that came from `seen`; empty where they cannot.
+fn site_address(hello: &SiteHello, seen: SocketAddr) -> String {
+    let host = match hello.advertised_host.as_str() {
+        _ if hello.port == 0 => return String::new(),
+        "" => seen.ip().to_string(),
+        host => host.to_owned(),
+    };
+    let bracketed = if host.contains(':') { format!("[{host}]") } else { host };
+    format!("{bracketed}:{}", hello.port)
+}
+
+fn describe_lateness(reason: Lateness) -> &'static str {
+    match reason {
+        Lateness::SlowCompute => "slow compute",
+        Lateness::SlowLink => "slow link",
+        Lateness::Silent => "silent",
+    }
+}
+
+#[cfg(test)]
+#[path = "desk_tests.rs"]
+mod tests;

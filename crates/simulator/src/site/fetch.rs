@@ -1,0 +1,189 @@
+//! Fetches of a simulated site: from whoever holds it, one after the other, until it is there or not wanted any more.
+//!
+//! As `site::transit` and `wire::blob` do it: at first from the site that made the delta, then from anybody; what comes is compared with
+//! the length and the hash that were announced, and what is not right is fetched again.
+
+use super::host::{HostJob, codec_of};
+use super::{SiteDisk, SiteEvent, SiteProcess};
+use crate::around::Around;
+use crate::queue::Happening;
+use crate::scenario::Scenario;
+use crate::trace::Observation;
+use base::{ContentHash, Round, SiteId};
+use rounds::{Commit, Contributor, FragmentPlan, MemberEvent};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// As `site::transit` has it: the pause before what could not be fetched is tried again.
+const AGAIN_SECONDS: f64 = 1.0;
+
+/// A holder that has not answered by then is not there: as long as a dial may take.
+const ANSWER_SECONDS: f64 = 10.0;
+
+/// What is fetched.
+#[derive(Debug, Clone)]
+pub(crate) enum Key {
+    Delta { round: Round, fragment: FragmentPlan, contributor: Contributor },
+    State { commit: Commit, state_hash: ContentHash },
+}
+
+/// Which try of which fetch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Try {
+    id: u64,
+    number: u64,
+}
+
+struct Fetch {
+    key: Key,
+    /// Of a state: who was said to hold it.
+    named: Vec<SiteId>,
+    /// Holders that were not asked in this attempt.
+    left: Vec<SiteId>,
+    attempts: u32,
+    tries: u64,
+}
+
+/// The fetches of one process.
+#[derive(Default)]
+pub(crate) struct Fetches {
+    all: BTreeMap<u64, Fetch>,
+    made: u64,
+}
+
+impl Fetches {
+    pub(crate) fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    /// Deltas of rounds up to this one are not wanted any more.
+    pub(crate) fn forget_through(&mut self, last: Round) {
+        self.all.retain(|_, fetch| !matches!(fetch.key, Key::Delta { round, .. } if round <= last));
+    }
+}
+
+impl SiteProcess {
+    pub(super) fn fetch_delta(
+        &mut self,
+        round: Round,
+        fragment: FragmentPlan,
+        contributor: Contributor,
+        around: &mut Around,
+    ) {
+        self.fetch(Key::Delta { round, fragment, contributor }, Vec::new(), around);
+    }
+
+    pub(super) fn fetch_state(
+        &mut self,
+        commit: Commit,
+        state_hash: ContentHash,
+        from: Vec<SiteId>,
+        around: &mut Around,
+    ) {
+        self.fetch(Key::State { commit, state_hash }, from, around);
+    }
+
+    fn fetch(&mut self, key: Key, named: Vec<SiteId>, around: &mut Around) {
+        self.fetches.made += 1;
+        let id = self.fetches.made;
+        let fetch = Fetch { key, named, left: Vec::new(), attempts: 0, tries: 0 };
+        self.fetches.all.insert(id, fetch);
+        self.try_fetch(id, around);
+    }
+
+    /// Begins another attempt.
+    pub(super) fn try_fetch(&mut self, id: u64, around: &mut Around) {
+        let own = self.site;
+        let Some(fetch) = self.fetches.all.get_mut(&id) else { return };
+        fetch.attempts += 1;
+        let anybody = || self.peers.keys().copied().collect::<Vec<_>>();
+        let mut holders = match &fetch.key {
+            Key::Delta { contributor, .. } if fetch.attempts == 1 => vec![contributor.site],
+            Key::Delta { .. } => anybody(),
+            Key::State { .. } => fetch.named.clone(),
+        };
+        holders.retain(|site| Some(*site) != own && self.peers.contains_key(site));
+        // Not all ask the same one first.
+        for index in (1..holders.len()).rev() {
+            holders.swap(index, around.random.next_below(index as u64 + 1) as usize);
+        }
+        fetch.left = holders;
+        self.ask_next(id, around);
+    }
+
+    fn ask_next(&mut self, id: u64, around: &mut Around) {
+        let Some(fetch) = self.fetches.all.get_mut(&id) else { return };
+        fetch.tries += 1;
+        let tried = Try { id, number: fetch.tries };
+        let holder = loop {
+            let Some(site) = fetch.left.pop() else { return self.give_up_attempt(id, around) };
+            let found = self.peers.get(&site).and_then(|peer| around.machines.get(&peer.fingerprint));
+            if let Some(machine) = found {
+                break *machine;
+            }
+        };
+        let key = fetch.key.clone();
+        let arrives = around.now + around.net.delay(self.machine + 1, holder + 1);
+        let asked = Happening::Asked { holder, asker: (self.machine, self.process), tried, key };
+        around.queue.push(arrives, asked);
+        self.at(around, ANSWER_SECONDS, SiteEvent::Answered(tried, None));
+    }
+
+    fn give_up_attempt(&mut self, id: u64, around: &mut Around) {
+        // A delta is tried again for ever, a state is asked for anew: by then somebody else may hold it.
+        self.at(around, AGAIN_SECONDS, SiteEvent::Fetch(id));
+        if let Some(fetch) = self.fetches.all.get_mut(&id)
+            && matches!(fetch.key, Key::State { .. })
+        {
+            fetch.named.clear();
+        }
+    }
+
+    /// A holder has answered, or not in time.
+    pub(super) fn answered(&mut self, tried: Try, answer: Option<Arc<[u8]>>, disk: &mut SiteDisk, around: &mut Around) {
+        let Some(fetch) = self.fetches.all.get(&tried.id).filter(|fetch| fetch.tries == tried.number) else { return };
+        let Some(bytes) = answer else { return self.ask_next(tried.id, around) };
+        let bytes = around.corrupted(self.machine, bytes);
+        if !self.is_right(&fetch.key, &bytes) {
+            around.observe(Observation::Corrupt(self.machine));
+            return self.ask_next(tried.id, around);
+        }
+        let Some(Fetch { key, .. }) = self.fetches.all.remove(&tried.id) else { return };
+        match key {
+            Key::Delta { round, contributor, .. } => {
+                self.shelf.insert((round, contributor.site), Arc::clone(&bytes));
+                self.deltas.insert((round, contributor.site), bytes);
+                self.feed(MemberEvent::DeltaHeld { round, from: contributor.site }, disk, around);
+            }
+            Key::State { commit, .. } => self.host.queue.push_back(HostJob::Install { commit, bytes }),
+        }
+    }
+
+    fn is_right(&self, key: &Key, bytes: &[u8]) -> bool {
+        match key {
+            Key::Delta { fragment, contributor, .. } => {
+                let codec = codec_of(&self.config, *fragment);
+                bytes.len() as u64 == contributor.delta_bytes
+                    && ContentHash::of(bytes) == contributor.delta_hash
+                    && codec.check(bytes).is_ok()
+            }
+            Key::State { state_hash, .. } => ContentHash::of(bytes) == *state_hash,
+        }
+    }
+
+    /// Whether a state was given up: see [`SiteProcess::give_up_attempt`].
+    pub(super) fn state_given_up(&mut self, id: u64) -> bool {
+        let is_given_up = self.fetches.all.get(&id).is_some_and(|fetch| {
+            matches!(fetch.key, Key::State { .. }) && fetch.attempts > 0 && fetch.named.is_empty()
+        });
+        if is_given_up {
+            self.fetches.all.remove(&id);
+        }
+        is_given_up
+    }
+}
+
+/// Who asks, as the holder knows it.
+pub(crate) fn asker_fingerprint(machine: usize) -> ContentHash {
+    Scenario::fingerprint(machine)
+}
