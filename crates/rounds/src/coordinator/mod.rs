@@ -507,7 +507,7 @@ impl Coordinator {
         }
         if !self.started {
             let ready = self.sites.values().filter(|site| site.held.is_some()).count();
-            if ready < self.settings.sites as usize {
+            if ready < self.settings.sites as usize && !self.is_over_for_somebody() {
                 return;
             }
             self.started = true;
@@ -535,6 +535,17 @@ impl Coordinator {
                 commands.push(Command::Send(*id, directive));
             }
         }
+    }
+
+    /// Every step is done, and a site that holds the last state has not been told so: the others have been, before this
+    /// coordinator was started again, and will not come back.
+    fn is_over_for_somebody(&self) -> bool {
+        let Committed { commit, state_hash, .. } = self.last();
+        let is_over =
+            commit.step >= self.settings.steps_total && self.flushes_committed() + 1 >= self.settings.sync.fragments;
+        let holds_it =
+            |site: &Site| site.held.is_some_and(|(round, hash)| (round, Some(hash)) == (commit.round, *state_hash));
+        is_over && self.sites.values().any(holds_it)
     }
 
     /// Whether the deltas of all commits after that state can still be fetched from some site.
