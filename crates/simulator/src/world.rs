@@ -91,6 +91,8 @@ pub(crate) struct World {
     dies_by_power: bool,
     may_break: bool,
     commits: u64,
+    /// Rollbacks in the log that the checkers know of.
+    times_gone_back: usize,
     commits_healed: u64,
     is_done: bool,
     /// Asks the coordinator to stop after that many commits, if ever.
@@ -151,6 +153,7 @@ impl World {
             dies_by_power: false,
             may_break: options.faults,
             commits: 0,
+            times_gone_back: 0,
             commits_healed: 0,
             is_done: false,
             stop_after: None,
@@ -224,7 +227,10 @@ impl World {
     /// Shows the checkers what was seen.
     fn look(&mut self) -> Option<Violation> {
         let now = self.around.now;
-        for observation in std::mem::take(&mut self.around.observed) {
+        let observed = std::mem::take(&mut self.around.observed);
+        for observation in
+            observed.into_iter().flat_map(|observation| self.with_untold(observation)).collect::<Vec<_>>()
+        {
             if let Observation::Logged(record) = &observation
                 && matches!(**record, Record::Committed(_))
             {
@@ -240,6 +246,24 @@ impl World {
             return Some(self.violated("I6 bounded", format!("{} events wait", self.around.queue.len())));
         }
         self.checkers.at(now)
+    }
+
+    /// A process that died while it wrote that the run goes back may have written it all the same: the log tells of it before anybody
+    /// has.
+    fn with_untold(&mut self, observation: Observation) -> Vec<Observation> {
+        let goes_back = |record: &&Record| matches!(record, Record::RolledBack { .. });
+        let mut untold = Vec::new();
+        match &observation {
+            Observation::Logged(record) => self.times_gone_back += usize::from(goes_back(&&**record)),
+            Observation::LogRead(records) => {
+                let unseen = records.iter().filter(goes_back).skip(self.times_gone_back);
+                untold.extend(unseen.map(|record| Observation::Logged(Box::new(record.clone()))));
+                self.times_gone_back += untold.len();
+            }
+            _ => {}
+        }
+        untold.push(observation);
+        untold
     }
 
     fn committed(&mut self) {
