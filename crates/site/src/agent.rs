@@ -8,7 +8,7 @@ mod sharded;
 use crate::folder::{FolderError, RunFolder};
 use crate::host::{self, HostJob};
 use crate::join::{JoinError, conversation, fetch_run};
-use crate::line::{Dialler, Line, Received, away};
+use crate::line::{Coordinator, Dialler, Line, Received, away};
 use crate::merger::{Fragments, Merged, Merger};
 use crate::shelf::Shelf;
 use crate::state::{SharedState, TrainingState};
@@ -35,8 +35,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use telemetry::{Event, Reporter};
 use tokio::sync::mpsc;
-use tokio::task::{AbortHandle, JoinHandle, JoinSet};
-use wire::message::{FromSite, SiteHello, Welcome};
+use tokio::task::{AbortHandle, JoinSet};
+use wire::message::{FromSite, SiteHello};
 use wire::{
     Blob, BlobClient, BlobKey, BlobRequest, Holder, Identity, IdentityError, Incoming, Invite, ListenError, Listener,
     ListenerEvent, Proxy, Purpose, Sender, Traffic,
@@ -403,45 +403,6 @@ impl EngineHandle {
     }
 }
 
-/// The line to the coordinator, or the calls that are to make it anew.
-struct Coordinator {
-    dialler: Dialler,
-    welcome: Welcome,
-    /// See [`JoinOptions::coordinator_wait`].
-    wait: Duration,
-    /// None while the line is broken: what is said then is lost, as it would be on a line that breaks a little later.
-    sender: Option<Sender>,
-    calls: Option<(Instant, JoinHandle<Result<Line, JoinError>>)>,
-}
-
-impl Coordinator {
-    /// Calls until somebody answers.
-    fn call(&mut self) {
-        self.sender = None;
-        let (dialler, welcome, wait) = (self.dialler.clone(), self.welcome.clone(), self.wait);
-        let calls = tokio::spawn(async move { dialler.dial_again(&welcome, wait).await });
-        self.calls = Some((Instant::now(), calls));
-    }
-
-    /// How the calls ended, and after how long; never where none are made.
-    async fn answered(&mut self) -> (Duration, Result<Line, JoinError>) {
-        let Some((began, calls)) = &mut self.calls else { return std::future::pending().await };
-        let line =
-            calls.await.unwrap_or_else(|_| Err(conversation(self.dialler.invite.address(), "the call broke off")));
-        let seconds = began.elapsed();
-        self.calls = None;
-        (seconds, line)
-    }
-}
-
-impl Drop for Coordinator {
-    fn drop(&mut self) {
-        if let Some((_, calls)) = &self.calls {
-            calls.abort();
-        }
-    }
-}
-
 struct Agent {
     engine: EngineHandle,
     folder: RunFolder,
@@ -613,8 +574,8 @@ impl Agent {
     fn coordinator_lost(&mut self, error: Option<JoinError>) {
         let address = self.coordinator.dialler.invite.address();
         let error = error.unwrap_or_else(|| conversation(address, "the connection ended"));
-        self.coordinator.sender = None;
         if self.ending.is_some() || self.coordinator.wait.is_zero() {
+            self.coordinator.sender = None;
             return self.end(Err(error.into()));
         }
         let (message, hint) = away(&error, self.coordinator.wait);

@@ -6,8 +6,9 @@
 use crate::join::{JoinError, conversation, greet};
 use base::{ContentHash, Hint};
 use rounds::Directive;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use wire::message::{FromCoordinator, SiteHello, Welcome};
 use wire::{ConnectError, Connection, Identity, Invite, Proxy, Receiver, Sender, Traffic};
 
@@ -91,6 +92,45 @@ impl Dialler {
         let (directives_in, directives) = mpsc::channel(DIRECTIVES_MAX);
         tokio::spawn(receive(receiver, self.invite.address().to_owned(), directives_in));
         Line { sender, directives }
+    }
+}
+
+/// The line to the coordinator, or the calls that are to make it anew.
+pub(crate) struct Coordinator {
+    pub(crate) dialler: Dialler,
+    pub(crate) welcome: Welcome,
+    /// See [`crate::JoinOptions::coordinator_wait`].
+    pub(crate) wait: Duration,
+    /// None while the line is broken: what is said then is lost, as it would be on a line that breaks a little later.
+    pub(crate) sender: Option<Sender>,
+    pub(crate) calls: Option<(Instant, JoinHandle<Result<Line, JoinError>>)>,
+}
+
+impl Coordinator {
+    /// Gives up a line that broke, and calls until somebody answers.
+    pub(crate) fn call(&mut self) {
+        self.sender = None;
+        let (dialler, welcome, wait) = (self.dialler.clone(), self.welcome.clone(), self.wait);
+        let calls = tokio::spawn(async move { dialler.dial_again(&welcome, wait).await });
+        self.calls = Some((Instant::now(), calls));
+    }
+
+    /// How the calls ended, and after how long; never where none are made.
+    pub(crate) async fn answered(&mut self) -> (Duration, Result<Line, JoinError>) {
+        let Some((began, calls)) = &mut self.calls else { return std::future::pending().await };
+        let line =
+            calls.await.unwrap_or_else(|_| Err(conversation(self.dialler.invite.address(), "the call broke off")));
+        let seconds = began.elapsed();
+        self.calls = None;
+        (seconds, line)
+    }
+}
+
+impl Drop for Coordinator {
+    fn drop(&mut self) {
+        if let Some((_, calls)) = &self.calls {
+            calls.abort();
+        }
     }
 }
 
