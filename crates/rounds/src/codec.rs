@@ -77,7 +77,8 @@ impl FragmentCodec {
         encoded
     }
 
-    /// As [`FragmentCodec::encode`] for one of the [`FragmentCodec::parts`], into its place of the whole encoding.
+    /// As [`FragmentCodec::encode`] for one of the [`FragmentCodec::parts`], into its place of the whole encoding; the first part comes first, for
+    /// it begins the encoding.
     pub fn encode_part(&self, index: usize, delta: &mut [f32], memory: &mut EncoderMemory, encoded: &mut [u8]) {
         match &self.0 {
             Kind::Values { codec, elements } => {
@@ -87,6 +88,9 @@ impl FragmentCodec {
             }
             Kind::LowRank(codec) => {
                 let basis = memory.0.get_or_insert_with(|| codec.basis(BASIS_SEED));
+                if index == 0 {
+                    codec.begin(basis, encoded);
+                }
                 codec.encode_matrix(index, delta, basis, encoded);
             }
         }

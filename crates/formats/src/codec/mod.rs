@@ -146,6 +146,27 @@ pub enum DecodeError {
         /// Bytes that came.
         found: usize,
     },
+    /// A low-rank encoding gives a matrix a rank that none can have.
+    #[error("low rank, matrix {matrix}: rank {rank}, and 1 to {most} are possible")]
+    Rank {
+        /// Which one, in the order of the shapes.
+        matrix: usize,
+        /// What it says.
+        rank: usize,
+        /// The largest rank with which factors are shorter than the matrix.
+        most: usize,
+    },
+    /// The ranks of a low-rank encoding together take more than it has.
+    #[error("low rank: matrices of these ranks are {wanted} bytes, and {found} came")]
+    Ranks {
+        /// Bytes that they take.
+        wanted: usize,
+        /// Bytes that came.
+        found: usize,
+    },
+    /// A low-rank encoding ends in zeros.
+    #[error("low rank: something follows the last matrix")]
+    AfterLastMatrix,
     /// A matrix of a low-rank encoding, or one of its factors, is not an encoding.
     #[error("low rank, matrix {matrix}: {reason}")]
     Matrix {

@@ -21,12 +21,13 @@ const PROJECTED_AGAIN_SQUARED: f64 = 0.25;
 /// The share of a diagonal entry of `P'^T P'` below which its column is taken to depend on those before it.
 const PIVOT_MIN: f64 = 1e-6;
 
-/// Finds and writes the factors of `values`; `basis` is the right factor of the encoding before, r x n, and then of this one.
+/// Finds and writes the factors of `values`; `basis` is the right factor of the encoding before, r x n, and then of this one, the strongest
+/// row first; `squares` are then the squared lengths that its rows had.
 pub(super) fn encode_factors(
     shape: MatrixShape,
     codec: &dyn Codec,
     values: &[f32],
-    basis: &mut [f32],
+    (basis, squares): (&mut [f32], &mut Vec<f64>),
     encoded: &mut [u8],
 ) {
     let rank = basis.len() / shape.columns;
@@ -38,7 +39,7 @@ pub(super) fn encode_factors(
     let mut right = vec![0.0; rank * shape.columns];
     product::rows_times(Isa::best(), &left, values, shape.columns, &mut right);
     solve_least_squares(&left, shape.rows, &mut right, shape.columns);
-    renew(basis, &right, shape.columns);
+    renew(basis, squares, &right, shape.columns);
     write_rows(codec, &mut right, shape.columns, right_encoded);
 }
 
@@ -141,15 +142,26 @@ fn cholesky(left: &[f32], length: usize, rank: usize) -> Vec<f64> {
     lower
 }
 
-/// Gives `basis` the directions of `right`. One that vanished keeps what it was: it may find something in the next delta.
-fn renew(basis: &mut [f32], right: &[f32], columns: usize) {
-    for (basis, right) in basis.chunks_exact_mut(columns).zip(right.chunks_exact(columns)) {
-        let length = product::dot(Isa::best(), right, right).sqrt();
-        if length > f64::from(f32::MIN_POSITIVE) && length.is_finite() {
+/// Gives `basis` the directions of `right`, and `squares` their squared lengths; both from the longest on. A direction that vanished keeps what
+/// it was: it may find something in the next delta. Where all have, or a length is not finite, nothing changes.
+fn renew(basis: &mut [f32], squares: &mut Vec<f64>, right: &[f32], columns: usize) {
+    let found: Vec<f64> = right.chunks_exact(columns).map(|row| product::dot(Isa::best(), row, row)).collect();
+    if found.iter().any(|square| !square.is_finite()) || found.iter().all(|square| *square == 0.0) {
+        return;
+    }
+    for ((basis, right), square) in basis.chunks_exact_mut(columns).zip(right.chunks_exact(columns)).zip(&found) {
+        let length = square.sqrt();
+        if length > f64::from(f32::MIN_POSITIVE) {
             let scale = (1.0 / length) as f32;
             basis.iter_mut().zip(right).for_each(|(basis, right)| *basis = right * scale);
         }
     }
+    let mut order: Vec<usize> = (0..found.len()).collect();
+    order.sort_by(|a, b| found[*b].total_cmp(&found[*a]));
+    let rows: Vec<f32> = order.iter().flat_map(|row| &basis[row * columns..(row + 1) * columns]).copied().collect();
+    basis.copy_from_slice(&rows);
+    squares.clear();
+    squares.extend(order.iter().map(|row| found[*row]));
 }
 
 /// Factors as a receiver has them, laid out for their product.

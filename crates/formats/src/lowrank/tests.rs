@@ -54,6 +54,11 @@ fn decode(low_rank: &LowRank, encoded: &[u8]) -> Result<Vec<f32>, DecodeError> {
     low_rank.decode(encoded, &mut values).map(|()| values)
 }
 
+fn factors(low_rank: &LowRank, index: usize, encoded: &[u8]) -> Factors {
+    let (place, rank) = low_rank.places(encoded).unwrap().0.swap_remove(index);
+    low_rank.factors(index, rank, &encoded[place]).unwrap()
+}
+
 /// Relative squared error of each of `times` encodings of the same values, from a cold start on.
 fn errors(low_rank: &LowRank, values: &[f32], times: usize) -> Vec<f64> {
     let mut basis = low_rank.basis(3);
@@ -85,15 +90,15 @@ fn squared_singular_values(shape: MatrixShape, values: &[f32]) -> Vec<f64> {
 
 #[test]
 fn the_size_follows_from_the_shapes() {
-    // MXFP4 of 256 numbers is 136 bytes, of 704 is 374, and of 100 is 54.
+    // MXFP4 of 256 numbers is 136 bytes, of 704 is 374, and of 100 is 54; two bytes are for the rank of each matrix with factors.
     let size = |shapes: &[MatrixShape], rank| LowRank::new(shapes, rank).encoded_bytes();
-    assert_eq!(size(&[shape(256, 704)], 10), 10 * (136 + 374));
+    assert_eq!(size(&[shape(256, 704)], 10), 2 + 10 * (136 + 374));
     assert_eq!(size(&[shape(1, 256)], 10), 136);
-    assert_eq!(size(&[shape(256, 704), shape(1, 256), shape(704, 256)], 4), 8 * (136 + 374) + 136);
+    assert_eq!(size(&[shape(256, 704), shape(1, 256), shape(704, 256)], 4), 4 + 8 * (136 + 374) + 136);
     // 256 x 256 values are 256 * 136 bytes, as much as rank 128: there factors save nothing.
-    assert_eq!(size(&[shape(256, 256)], 127), 127 * 272);
+    assert_eq!(size(&[shape(256, 256)], 127), 2 + 127 * 272);
     assert_eq!(size(&[shape(256, 256)], 128), 256 * 136);
-    assert_eq!(LowRank::with_factors(&[shape(256, 704)], 5, CodecKind::Int8).encoded_bytes(), 5 * (260 + 716));
+    assert_eq!(LowRank::with_factors(&[shape(256, 704)], 5, CodecKind::Int8).encoded_bytes(), 2 + 5 * (260 + 716));
     assert_eq!(size(&[], 1), 0);
 }
 
@@ -105,7 +110,7 @@ fn a_matrix_of_that_rank_is_lost_only_by_the_rounding_of_the_factors() {
         for (codec, bound) in [(CodecKind::F32, 1e-10), (CodecKind::Int8, 3e-4), (CodecKind::Mxfp4, 0.03)] {
             for extra in [0, 2] {
                 let low_rank = LowRank::with_factors(&[shape], rank + extra, codec);
-                if low_rank.matrices[0].basis.is_some() {
+                if low_rank.ranks > 0 {
                     let error = errors(&low_rank, &values, 2)[1];
                     assert!(error < bound, "{shape:?}, rank {rank} in {}: {error:e}, {codec}", rank + extra);
                 }
@@ -144,7 +149,7 @@ fn least_squares_make_good_the_rounding_of_the_left_factor() {
     encode(&low_rank, &values, &mut basis);
     let (encoded, residual) = encode(&low_rank, &values, &mut basis);
     // What is left is orthogonal to the columns of P', but for the rounding of Q.
-    let factors = low_rank.factors(0, &encoded).unwrap();
+    let factors = factors(&low_rank, 0, &encoded);
     let along = |values: &[f32]| -> f64 {
         (0..4)
             .flat_map(|k| (0..160).map(move |j| (k, j)))
@@ -162,6 +167,7 @@ fn zeros_are_zeros_and_leave_the_basis_alone() {
     assert!(residual.iter().all(|value| *value == 0.0));
     assert!(decode(&low_rank, &encoded).unwrap().iter().all(|value| *value == 0.0));
     assert_eq!(basis, low_rank.basis(1));
+    assert!((0..low_rank.ranks).all(|number| written_rank(&encoded, number) == 3), "nothing says which is worth more");
     // Numbers too small for any scale are zeros too.
     let (encoded, residual) = encode(&low_rank, &vec![1e-41; low_rank.values()], &mut basis);
     assert!(residual.iter().all(|value| *value == 1e-41));
@@ -204,8 +210,8 @@ fn foreign_bytes_are_refused() {
         assert_eq!(low_rank.accumulate(wrong, 1.0, &mut sum), Err(error));
         assert!(sum.iter().all(|value| *value == 1.0));
     }
-    // The scales of the first block of P, of Q (64 numbers are 34 bytes, two columns 68), and of the vector.
-    for (scale, matrix) in [(0, 0), (68, 0), (length - 22, 1)] {
+    // After the rank the scales of the first block of P, of Q (64 numbers are 34 bytes, two columns 68), and of the vector.
+    for (scale, matrix) in [(2, 0), (70, 0), (length - 22, 1)] {
         let mut broken = encoded.clone();
         broken[scale] = 0xff;
         assert!(
@@ -216,9 +222,36 @@ fn foreign_bytes_are_refused() {
         assert!(sum.iter().all(|value| *value == 1.0), "what is refused changes nothing");
     }
     // Each scale is one that MXFP4 has; 2^120 times 2^120 is not.
-    let mut broken = encoded;
-    (broken[0], broken[1], broken[68], broken[69]) = (247, 0x77, 247, 0x77);
+    let mut broken = encoded.clone();
+    (broken[2], broken[3], broken[70], broken[71]) = (247, 0x77, 247, 0x77);
     assert_eq!(decode(&low_rank, &broken), Err(DecodeError::ProductNotFinite { matrix: 0 }));
+    // 64 x 48 values are 1,632 bytes, factors of rank 26 are 26 * 60.
+    let of_rank = |rank: u16| decode(&low_rank, &[&rank.to_le_bytes(), &encoded[2..]].concat()).unwrap_err();
+    for rank in [0, 28, 255, 65_535] {
+        assert_eq!(of_rank(rank), DecodeError::Rank { matrix: 0, rank: rank.into(), most: 27 });
+    }
+    assert_eq!(of_rank(3), DecodeError::Ranks { wanted: 2 + 3 * 60 + 22, found: length });
+    assert!(matches!(of_rank(1), DecodeError::Matrix { .. } | DecodeError::AfterLastMatrix));
+}
+
+#[test]
+fn ranks_follow_the_energy_and_no_byte_more() {
+    // One matrix of many directions alike, one of a single direction: 16 directions for both together.
+    let shapes = [shape(96, 160), shape(160, 96)];
+    let values = [matrix(shapes[0], &[1.0; 16], 0.0, 5), matrix(shapes[1], &[1.0], 1e-4, 6)].concat();
+    let low_rank = LowRank::new(&shapes, 8);
+    let mut basis = low_rank.basis(1);
+    let mut found = Vec::new();
+    let mut lost = Vec::new();
+    for _ in 0..8 {
+        let (encoded, residual) = encode(&low_rank, &values, &mut basis);
+        assert_eq!(encoded.len(), low_rank.encoded_bytes());
+        found.push([0, 1].map(|number| written_rank(&encoded, number)));
+        lost.push(energy(&residual));
+    }
+    assert_eq!(found[..3], [[8, 8], [10, 6], [12, 4]], "{found:?}");
+    assert_eq!(found[7], [14, 2], "{found:?}");
+    assert!(lost[7] < 0.5 * lost[1], "{lost:?}");
 }
 
 #[test]
@@ -240,7 +273,7 @@ proptest! {
             let mut basis = low_rank.basis(seed);
             encode(&low_rank, &values, &mut basis);
             let (encoded, residual) = encode(&low_rank, &values, &mut basis);
-            (encoded, bits(&residual), bits(&basis.rows))
+            (encoded, bits(&residual), basis)
         });
         let decoded = same_on_all(|| bits(&decode(&low_rank, &encoded).unwrap()));
         let decoded: Vec<f32> = decoded.into_iter().map(f32::from_bits).collect();
@@ -248,8 +281,9 @@ proptest! {
             prop_assert!(decoded[index].is_finite());
             prop_assert_eq!((values[index] - decoded[index]).to_bits(), residual[index]);
         }
-        for (index, matrix) in low_rank.matrices.iter().enumerate().filter(|(_, matrix)| matrix.basis.is_some()) {
-            let factors = low_rank.factors(index, &encoded[matrix.encoded.clone()]).unwrap();
+        for (index, matrix) in low_rank.matrices.iter().enumerate() {
+            let Way::Factors { number, .. } = matrix.way else { continue };
+            let (factors, rank) = (factors(&low_rank, index, &encoded), written_rank(&encoded, number));
             let decoded = &decoded[matrix.values.clone()];
             for (place, decoded) in decoded.iter().enumerate() {
                 let (i, j) = (place / matrix.shape.columns, place % matrix.shape.columns);
