@@ -75,15 +75,21 @@ impl Namespaces {
         ip(self.name(index), &format!("link set {device} up"))
     }
 
-    /// Shapes what leaves by a device; replaces what shaped it before.
+    /// Shapes what leaves by a device, instead of what shaped it before.
     ///
     /// # Errors
     /// What `tc` says.
     pub(crate) fn shape(&self, index: usize, device: &str, tbf: Tbf) -> Result<(), Failure> {
         let Tbf { bits_per_second, burst_bytes, limit_bytes } = tbf;
-        let words = format!(
-            "qdisc replace dev {device} root tbf rate {bits_per_second}bit burst {burst_bytes} limit {limit_bytes}"
-        );
+        // Not `replace`: a packet that waits and is longer than a new, smaller burst would never leave, nor what is behind it. That there
+        // was nothing to delete is no error.
+        let _ = self.tc(index, &format!("qdisc delete dev {device} root"));
+        let bucket = format!("rate {bits_per_second}bit burst {burst_bytes} limit {limit_bytes}");
+        self.tc(index, &format!("qdisc add dev {device} root tbf {bucket}"))
+    }
+
+    /// `tc` in a namespace.
+    fn tc(&self, index: usize, words: &str) -> Result<(), Failure> {
         run(Command::new("tc").args(["-n", self.name(index)]).args(words.split(' ')))
     }
 

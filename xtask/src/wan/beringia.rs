@@ -119,7 +119,10 @@ impl Beringia<'_> {
             let counted = fs::read_to_string(counter(site))?;
             Ok(SiteSeries { steps: beringia_steps(&events, started), sent: sent(&counted, started) })
         };
-        self.check_agreement(run)?;
+        // Sites that were asked to leave have left after different rounds.
+        if !is_early {
+            self.check_agreement(run)?;
+        }
         Ok(((0..SITES).map(series).collect::<Result<_, Failure>>()?, site_folder(0)))
     }
 
