@@ -220,6 +220,16 @@ pub enum Exchange {
     Sharded,
 }
 
+/// How the deltas of a round become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MergeRule {
+    /// Their mean, weighted by tokens.
+    Mean,
+    /// The same, value by value, without the largest and the smallest: for sites that one does not fully trust.
+    TrimmedMean,
+}
+
 /// `[sync]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -244,6 +254,8 @@ pub struct SyncSection {
     pub adaptive: bool,
     /// How deltas get from site to site: `auto`, `mesh` or `sharded`.
     pub exchange: Exchange,
+    /// How deltas become one: `mean` or `trimmed-mean`.
+    pub merge: MergeRule,
     /// Whether what coding lost stays in the site's own parameters, so that its next delta holds it. Otherwise the site takes over
     /// what was merged, and adds `error_feedback` of what was lost to its next delta.
     pub keep_residual: bool,
@@ -282,6 +294,7 @@ impl Default for SyncSection {
             rank: 10,
             adaptive: false,
             exchange: Exchange::Auto,
+            merge: MergeRule::Mean,
             keep_residual: true,
             error_feedback: 1.0,
             outer_learning_rate: 1.0,
@@ -513,6 +526,11 @@ impl RunConfig {
                 "exchange",
                 "sharded needs a codec that can be cut by values, and lowrank cannot".to_owned(),
             );
+        }
+        if (self.sync.exchange, self.sync.merge) == (Exchange::Sharded, MergeRule::TrimmedMean) {
+            let reason =
+                "sharded lets one site merge a part for all, who would have to trust it: trimmed-mean needs mesh";
+            return refuse("exchange", reason.to_owned());
         }
         if strategy != Strategy::Streaming {
             let name = strategy.name();

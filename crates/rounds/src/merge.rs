@@ -1,12 +1,24 @@
-//! The merge: token-weighted mean of the contributors' deltas.
+//! The merge: one delta from those of all contributors.
 //!
 //! D = sum_i (T_i / sum T) * decode(q_i) in f32, contributors in ascending order of site id, so that every site computes the
 //! same bits. The weight is rounded to f32 once; products and sums are separate roundings (Rust never contracts
 //! them into a fused multiply-add). Each value is the sum of the same products in the same order wherever it is computed: the merge of
 //! slices is a slice of the merge.
+//!
+//! With [`MergeRule::TrimmedMean`] each value is the weighted mean of those that are left when the k largest and the k smallest have been
+//! taken away (Yin et al., arXiv 1803.01498), k = max(1, n / 4) of n contributors, and 0 of two. What it promises: while at most k
+//! contributors lie, every merged value lies between the smallest and the largest that an honest contributor has given, whatever
+//! the liars send. What it costs: a value that only few sites have learnt is lost, as those of sparse deltas are.
 
 use crate::codec::FragmentCodec;
+use base::config::MergeRule;
 use formats::DecodeError;
+
+/// One in so many contributors may lie.
+const CONTRIBUTORS_A_LIAR: usize = 4;
+
+/// Fewest contributors of which some can be left out: of two nobody can say which one lies.
+const TRIMMED_CONTRIBUTORS_MIN: usize = 3;
 
 /// Weights of contributors by their tokens. Where nobody has trained, all are zero.
 pub fn token_weights(tokens: impl Iterator<Item = u64> + Clone) -> Vec<f32> {
@@ -14,22 +26,88 @@ pub fn token_weights(tokens: impl Iterator<Item = u64> + Clone) -> Vec<f32> {
     tokens.map(|tokens| if total == 0 { 0.0 } else { (tokens as f64 / total as f64) as f32 }).collect()
 }
 
-/// Writes the token-weighted mean of `contributions` (tokens and encoded delta, ascending by site id) to `merged`. Where nobody has
-/// trained, the mean is zero.
+/// Writes the merge of `contributions` (tokens and encoded delta, ascending by site id) to `merged`. Where nobody has trained, it is zero.
 ///
 /// # Errors
 /// A delta that is no encoding of as many values as `merged` has.
-pub fn token_weighted_mean(
+pub fn merge(
+    rule: MergeRule,
     codec: &FragmentCodec,
     contributions: &[(u64, &[u8])],
     merged: &mut [f32],
 ) -> Result<(), DecodeError> {
     merged.fill(0.0);
-    for (weight, (_, delta)) in token_weights(contributions.iter().map(|(tokens, _)| *tokens)).iter().zip(contributions)
-    {
-        codec.accumulate(delta, *weight, merged)?;
+    let weights = token_weights(contributions.iter().map(|(tokens, _)| *tokens));
+    merge_by(rule, &weights, merged, |index, weight, sum| codec.accumulate(contributions[index].1, weight, sum))
+}
+
+/// As [`merge`] for one of the codec's [parts](FragmentCodec::parts): `merged` has its values, and is zero. `weights` are those of
+/// [`token_weights`]. For deltas that were checked.
+///
+/// # Errors
+/// As there, for that part.
+pub fn merge_part(
+    rule: MergeRule,
+    codec: &FragmentCodec,
+    part: usize,
+    (weights, deltas): (&[f32], &[impl AsRef<[u8]>]),
+    merged: &mut [f32],
+) -> Result<(), DecodeError> {
+    merge_by(rule, weights, merged, |index, weight, sum| {
+        codec.accumulate_part(part, deltas[index].as_ref(), weight, sum)
+    })
+}
+
+/// Contributors that are left out at either end of each value.
+pub fn trimmed_each_end(rule: MergeRule, contributors: usize) -> usize {
+    match rule {
+        MergeRule::TrimmedMean if contributors >= TRIMMED_CONTRIBUTORS_MIN => {
+            (contributors / CONTRIBUTORS_A_LIAR).max(1)
+        }
+        MergeRule::TrimmedMean | MergeRule::Mean => 0,
+    }
+}
+
+/// `accumulate` adds a weight times the values of the contributor of that index.
+fn merge_by(
+    rule: MergeRule,
+    weights: &[f32],
+    merged: &mut [f32],
+    accumulate: impl Fn(usize, f32, &mut [f32]) -> Result<(), DecodeError>,
+) -> Result<(), DecodeError> {
+    let trimmed = trimmed_each_end(rule, weights.len());
+    if trimmed == 0 {
+        return weights.iter().enumerate().try_for_each(|(index, weight)| accumulate(index, *weight, merged));
+    }
+    let mut rows = vec![0.0; weights.len() * merged.len()];
+    if merged.is_empty() {
+        return Ok(());
+    }
+    for (index, row) in rows.chunks_exact_mut(merged.len()).enumerate() {
+        accumulate(index, 1.0, row)?;
+    }
+    let mut values = vec![(0.0, 0); weights.len()];
+    for (place, merged) in merged.iter_mut().enumerate() {
+        for (index, value) in values.iter_mut().enumerate() {
+            *value = (rows[index * rows.len() / weights.len() + place], index);
+        }
+        *merged = trimmed_mean(&mut values, trimmed, weights);
     }
     Ok(())
+}
+
+/// The weighted mean of the values but for `trimmed` at either end, each with the index of its contributor.
+fn trimmed_mean(values: &mut [(f32, usize)], trimmed: usize, weights: &[f32]) -> f32 {
+    values.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    let kept = &mut values[trimmed..weights.len() - trimmed];
+    let (least, most) = (kept[0].0, kept[kept.len() - 1].0);
+    // The order of all sums: ascending by site.
+    kept.sort_unstable_by_key(|(_, index)| *index);
+    let (sum, total) = kept.iter().fold((0.0, 0.0), |(sum, total): (f32, f32), (value, index)| {
+        (sum + weights[*index] * value, total + weights[*index])
+    });
+    // Roundings must not carry it beyond what was kept.
+    if total > 0.0 { (sum / total).clamp(least, most) } else { 0.0 }
 }
 
 #[cfg(test)]
@@ -58,16 +136,51 @@ mod tests {
         let deltas = [[8.0, 0.0], [0.0, 8.0], [0.0, 16.0]].map(|delta| encoded(&delta));
         let contributions = [(100, &deltas[0][..]), (200, &deltas[1][..]), (500, &deltas[2][..])];
         let mut merged = [0.0; 2];
-        token_weighted_mean(&uncoded(), &contributions, &mut merged).unwrap();
+        merge(MergeRule::Mean, &uncoded(), &contributions, &mut merged).unwrap();
         assert_eq!(merged, [1.0, 12.0]);
-        token_weighted_mean(&uncoded(), &[(0, &deltas[0])], &mut merged).unwrap();
+        merge(MergeRule::Mean, &uncoded(), &[(0, &deltas[0])], &mut merged).unwrap();
         assert_eq!(merged, [0.0; 2], "nobody has trained");
     }
 
     #[test]
     fn another_models_delta_is_refused() {
         let delta = encoded(&[1.0, 2.0, 3.0]);
-        token_weighted_mean(&uncoded(), &[(1, &delta)], &mut [0.0; 2]).unwrap_err();
+        merge(MergeRule::Mean, &uncoded(), &[(1, &delta)], &mut [0.0; 2]).unwrap_err();
+    }
+
+    #[test]
+    fn what_a_liar_sends_moves_no_value_beyond_those_of_the_others() {
+        let deltas = [[1.0, -2.0], [2.0, -1.0], [4.0, 3.0]].map(|delta| encoded(&delta));
+        let merged_with = |lie: &[f32], place: usize| {
+            let mut all: Vec<(u64, Vec<u8>)> = deltas.iter().map(|delta| (100, delta.clone())).collect();
+            all.insert(place, (100, encoded(lie)));
+            let all: Vec<(u64, &[u8])> = all.iter().map(|(tokens, delta)| (*tokens, &delta[..])).collect();
+            let mut merged = [0.0; 2];
+            merge(MergeRule::TrimmedMean, &uncoded(), &all, &mut merged).unwrap();
+            merged
+        };
+        for place in 0..4 {
+            assert_eq!(merged_with(&[1e30, -1e30], place), [3.0, -1.5], "the middle two of each");
+            assert_eq!(merged_with(&[-1e30, 1e30], place), [1.5, 1.0]);
+            assert_eq!(merged_with(&[2.5, 0.0], place), [2.25, -0.5], "an honest one counts");
+        }
+        let of = |count: usize| trimmed_each_end(MergeRule::TrimmedMean, count);
+        assert_eq!([1, 2, 3, 4, 7, 8, 12].map(of), [0, 0, 1, 1, 1, 2, 3]);
+        assert_eq!(trimmed_each_end(MergeRule::Mean, 12), 0);
+    }
+
+    #[test]
+    fn what_is_left_counts_by_tokens() {
+        let deltas = [[0.0, 0.0], [1.0, 8.0], [4.0, 4.0], [9.0, 5.0]].map(|delta| encoded(&delta));
+        let all: Vec<(u64, &[u8])> =
+            [100, 300, 100, 0].into_iter().zip(deltas.iter().map(|delta| &delta[..])).collect();
+        let mut merged = [0.0; 2];
+        merge(MergeRule::TrimmedMean, &uncoded(), &all, &mut merged).unwrap();
+        assert!((merged[0] - (3.0 + 4.0) / 4.0).abs() < 1e-6, "{merged:?}");
+        assert_eq!(merged[1], 4.0, "one that has trained nothing may be left in, and says nothing");
+        let none: Vec<(u64, &[u8])> = all.iter().map(|(_, delta)| (0, *delta)).collect();
+        merge(MergeRule::TrimmedMean, &uncoded(), &none, &mut merged).unwrap();
+        assert_eq!(merged, [0.0; 2], "nobody has trained");
     }
 
     const CUT: [Codec; 7] =
@@ -89,8 +202,9 @@ mod tests {
         #[test]
         fn the_merge_of_slices_has_the_bits_of_the_merge_of_deltas(
             codec in prop::sample::select(CUT.to_vec()), elements in 1usize..20_000, seed in any::<u64>(),
-            tokens in prop::collection::vec(0u64..5_000, 1..5), marks in prop::collection::vec(0.0f64..1.0, 0..6),
+            tokens in prop::collection::vec(0u64..5_000, 1..6), trims in any::<bool>(), marks in prop::collection::vec(0.0f64..1.0, 0..6),
         ) {
+            let rule = if trims { MergeRule::TrimmedMean } else { MergeRule::Mean };
             let schema = ParameterSchema::new([("weight".to_owned(), vec![elements])]);
             let plan = FragmentPlan { index: 0, count: 1, codec, rank: 0 };
             let codec = FragmentCodec::new(plan, 1, &schema, &schema.whole());
@@ -104,13 +218,13 @@ mod tests {
                 deltas.iter().map(|(tokens, delta)| (*tokens, &delta[range.clone()])).collect()
             };
             let mut whole = vec![0.0; elements];
-            token_weighted_mean(&codec, &of(0..codec.encoded_bytes()), &mut whole).unwrap();
+            merge(rule, &codec, &of(0..codec.encoded_bytes()), &mut whole).unwrap();
             let mut parts = Vec::new();
             for values in ranges(elements, codec.block_values().unwrap(), &marks) {
                 let mut part = vec![1.0; (values.end - values.start) as usize];
                 let slices = of(codec.slice(&values).unwrap());
                 slices.iter().for_each(|(_, slice)| codec.check_slice(slice, part.len()).unwrap());
-                token_weighted_mean(&codec, &slices, &mut part).unwrap();
+                merge(rule, &codec, &slices, &mut part).unwrap();
                 parts.extend(part);
             }
             let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();

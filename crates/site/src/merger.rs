@@ -17,7 +17,7 @@
 //! another.
 
 use crate::state::{GlobalState, SharedState};
-use base::config::{Strategy, SyncSection};
+use base::config::{MergeRule, Strategy, SyncSection};
 use base::{ContentHash, Fragment, ParameterSchema, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use formats::CodecKind;
@@ -263,7 +263,7 @@ impl Merger {
     ) -> Result<Bytes, formats::DecodeError> {
         let slices: Vec<(u64, &[u8])> = slices.iter().map(|(tokens, slice)| (*tokens, &slice[..])).collect();
         self.scratch.resize(values, 0.0);
-        rounds::token_weighted_mean(&self.fragments.codec(plan), &slices, &mut self.scratch)?;
+        rounds::merge(self.sync.merge, &self.fragments.codec(plan), &slices, &mut self.scratch)?;
         Ok(self.scratch.iter().flat_map(|value| value.to_le_bytes()).collect())
     }
 
@@ -281,7 +281,7 @@ impl Merger {
         let fragment = self.fragments.of(commit.fragment);
         let codec = self.fragments.codec(commit.fragment);
         let inputs = match commit.parts.is_empty() {
-            true => Inputs::Deltas(inputs),
+            true => Inputs::Deltas(self.sync.merge, inputs),
             false => Inputs::Parts(inputs),
         };
         inputs.check(&codec, fragment.elements())?;
@@ -375,8 +375,8 @@ impl Merger {
 
 /// What a merge is made of.
 enum Inputs<'a> {
-    /// Whole deltas, in the order of the contributors.
-    Deltas(&'a [Bytes]),
+    /// Whole deltas, in the order of the contributors, and how they become one.
+    Deltas(MergeRule, &'a [Bytes]),
     /// What sites have merged of them, little-endian f32, together all values in order.
     Parts(&'a [Bytes]),
 }
@@ -384,7 +384,7 @@ enum Inputs<'a> {
 impl Inputs<'_> {
     fn check(&self, codec: &FragmentCodec, elements: usize) -> Result<(), formats::DecodeError> {
         match self {
-            Self::Deltas(deltas) => deltas.iter().try_for_each(|delta| codec.check(delta)),
+            Self::Deltas(_, deltas) => deltas.iter().try_for_each(|delta| codec.check(delta)),
             Self::Parts(parts) => {
                 let uncoded = CodecKind::F32.codec();
                 let (wanted, found) = (uncoded.encoded_bytes(elements), parts.iter().map(Bytes::len).sum());
@@ -410,10 +410,7 @@ impl Inputs<'_> {
         merged: &mut [f32],
     ) -> Result<(), formats::DecodeError> {
         match self {
-            Self::Deltas(deltas) => {
-                let mut weighted = weights.iter().zip(*deltas);
-                weighted.try_for_each(|(weight, delta)| codec.accumulate_part(index, delta, *weight, merged))
-            }
+            Self::Deltas(rule, deltas) => rounds::merge_part(*rule, codec, index, (weights, deltas), merged),
             Self::Parts(parts) => {
                 copy_merged(parts, range, merged);
                 Ok(())
@@ -424,11 +421,11 @@ impl Inputs<'_> {
     /// Writes the whole merge to `merged`.
     fn merge(&self, codec: &FragmentCodec, commit: &Commit, merged: &mut [f32]) -> Result<(), formats::DecodeError> {
         match self {
-            Self::Deltas(deltas) => {
+            Self::Deltas(rule, deltas) => {
                 let contributors = commit.contributors.iter().zip(*deltas);
                 let contributions: Vec<(u64, &[u8])> =
                     contributors.map(|(contributor, delta)| (contributor.tokens, &delta[..])).collect();
-                rounds::token_weighted_mean(codec, &contributions, merged)
+                rounds::merge(*rule, codec, &contributions, merged)
             }
             Self::Parts(parts) => {
                 copy_merged(parts, 0..merged.len(), merged);

@@ -4,9 +4,9 @@
 //! them is replaced by function calls. The merge is an argument, so that each proof can also be run with a merge that is
 //! wrong and shown to fail.
 
-#![allow(clippy::unwrap_used, reason = "a test's helper may panic")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test's helper may panic, and says what it has found")]
 
-use base::config::{InnerOptimizer, Strategy};
+use base::config::{InnerOptimizer, MergeRule, Strategy};
 use base::random::Random;
 use base::{ContentHash, ModelShape, NamedTensors, RunConfig, SiteId};
 use bytes::Bytes;
@@ -432,6 +432,58 @@ fn synchronous_training_has_the_loss_of_one_site_at_every_step() {
     assert!(error < LOSS_ERROR_MAX, "{error}");
     let error = largest(&rounds_of(&run, 50, equally));
     assert!(error > 10.0 * LOSS_ERROR_MAX, "equal weights pass for the right ones: {error}");
+}
+
+/// What the last of the sites sends instead of what it has learnt.
+fn with_lie(mut deltas: Deltas, lie: impl Fn(f32) -> f32) -> Deltas {
+    let (_, delta) = deltas.last_mut().unwrap();
+    let values = delta.as_chunks().0.iter().map(|bytes| lie(f32::from_le_bytes(*bytes)));
+    *delta = values.flat_map(f32::to_le_bytes).collect();
+    deltas
+}
+
+fn ten_thousandfold(deltas: Deltas) -> Deltas {
+    with_lie(deltas, |value| 1e4 * value)
+}
+
+fn sign_flipped(deltas: Deltas) -> Deltas {
+    with_lie(deltas, |value| -value)
+}
+
+fn random(deltas: Deltas) -> Deltas {
+    let random = std::cell::RefCell::new(Random::new(7, 0));
+    with_lie(deltas, |_| random.borrow_mut().next_normal())
+}
+
+/// With plain averaging as well, to see that each lie is one.
+#[test]
+fn one_liar_of_four_costs_a_trimmed_mean_at_most_a_hundredth_of_the_loss() {
+    const ROUNDS: usize = 30;
+    let last_losses = |world: &World<'_>| world.losses[ROUNDS - 4..].iter().sum::<f64>() / 4.0;
+    let with = |rule: MergeRule, merge: Merge| {
+        let run = Run::new(|config| {
+            config.train.steps = 5 * ROUNDS as u64;
+            config.train.batch_samples = 16;
+            config.train.learning_rate = 3e-3;
+            config.sync.inner_steps = 5;
+            config.sync.sites = 4;
+            config.sync.shares = vec![1.0; 4];
+            config.sync.merge = rule;
+        });
+        let world = rounds_of(&run, ROUNDS, merge);
+        (world.losses[0], last_losses(&world))
+    };
+    let (first, honest) = with(MergeRule::Mean, as_committed);
+    assert!(honest < first - 1.0, "something was learnt: {first} to {honest}");
+    let (_, trimmed) = with(MergeRule::TrimmedMean, as_committed);
+    assert!(trimmed < 1.01 * honest, "trimming alone: {trimmed}, {honest}");
+    for (name, lie) in [("times 10^4", ten_thousandfold as Merge), ("sign flipped", sign_flipped), ("random", random)] {
+        let ((_, robust), (_, mean)) = (with(MergeRule::TrimmedMean, lie), with(MergeRule::Mean, lie));
+        eprintln!("{name}: {robust:.4} with a trimmed mean, {mean:.4} with a mean, {honest:.4} without a liar");
+        assert!(robust < 1.01 * honest, "{name}: {robust}, {honest}");
+        // The mildest, a flipped sign, leaves half of what is learnt: not a number is a loss too.
+        assert!(mean.is_nan() || mean > 1.01 * honest, "{name} is no lie: {mean}, {honest}");
+    }
 }
 
 /// Everything that a checkpoint holds, as bits.

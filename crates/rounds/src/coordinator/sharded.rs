@@ -7,6 +7,7 @@ use super::reduction::{Next, Patience};
 use super::{Command, Coordinator, Note, OpenRound};
 use crate::exchange::{self, Decision, Part};
 use crate::plan::{Directive, FragmentPlan};
+use base::config::{Exchange, MergeRule};
 use base::{ContentHash, Round, SiteId};
 
 /// Rounds in a mesh after one that a late reducer has held up: whatever it is that keeps it may last.
@@ -35,7 +36,12 @@ impl Coordinator {
     ) -> Vec<Part> {
         let cannot_be_dialled = |site: &&SiteId| self.sites.get(site).is_none_or(|site| !site.peer.can_be_dialled());
         let undialled = current.iter().find(cannot_be_dialled).copied();
-        let (setting, travelling) = (self.settings.sync.exchange, self.settings.travelling(fragment));
+        // A part is merged by one site, whom the others would have to trust.
+        let setting = match self.settings.sync.merge {
+            MergeRule::TrimmedMean => Exchange::Mesh,
+            MergeRule::Mean => self.settings.sync.exchange,
+        };
+        let travelling = self.settings.travelling(fragment);
         let exchanges = &self.exchanges;
         let late = exchanges.late.filter(|late| round.0 <= late.0 + MESH_ROUNDS_AFTER_LATE);
         let Decision { parts, reason } = match late {
