@@ -542,6 +542,18 @@ fn event_of(note: Note) -> Option<Event> {
             message: format!("no site holds round {from} any more: the run goes back to round {to}"),
             hint: Some("save more often: lower [checkpoint] every_rounds".to_owned()),
         },
+        Note::Regrouped { round } => Event::Warning {
+            message: format!(
+                "no site here can get what the commit of round {round} needs: all are asked what they hold"
+            ),
+            hint: Some("start the sites that are away again with the same `beringia join`".to_owned()),
+        },
+        Note::Outdated { site, round, attempt } => Event::Warning {
+            message: format!(
+                "site {site} answered plan {attempt} for round {round}, which was withdrawn; it does not count"
+            ),
+            hint: None,
+        },
         Note::RoundAbandoned { round } => Event::Warning {
             message: format!("every working site left during round {round}; its samples will be leased again"),
             hint: Some("run the same `beringia join` again on the sites".to_owned()),

@@ -121,7 +121,7 @@ impl Office {
 
     fn ready(&mut self, from: (SiteId, LinkNumber)) -> Result<(), StoreError> {
         let (round, state_hash) = (Round(0), ContentHash::default());
-        let ready = FromSite::Report(Report::Ready { round, state_hash, tokens_per_second: 1.0 });
+        let ready = FromSite::Report(Report::Ready { round, state_hash, tokens_per_second: 1.0, recall: 0 });
         self.desk.said(from, ready, 1.0, &mut self.out)
     }
 

@@ -228,8 +228,12 @@ pub struct Member {
     /// Ascending, without gaps, the next to be merged first.
     commits: VecDeque<Commit>,
     merging: bool,
-    /// The coordinator is back, and has not been told yet what this site holds.
+    /// The coordinator is back, or asks for it, and has not been told yet what this site holds.
     rejoining: bool,
+    /// The newest number of [`Directive::Recall`] over this connection.
+    recall: u32,
+    /// A state was asked for, and has neither come nor been given up: what this site will hold is not known.
+    fetching_state: bool,
     finish: Option<(Round, ContentHash)>,
 }
 
@@ -253,6 +257,8 @@ impl Member {
             commits: VecDeque::new(),
             merging: false,
             rejoining: false,
+            recall: 0,
+            fetching_state: false,
             finish: None,
         }
     }
@@ -261,6 +267,12 @@ impl Member {
     #[must_use]
     pub fn after_term(self, term: Term) -> Self {
         Self { term: self.term.max(term), ..self }
+    }
+
+    /// The same for a site that was recalled before its engine was ready: [`Directive::Recall`].
+    #[must_use]
+    pub fn after_recall(self, recall: u32) -> Self {
+        Self { recall, ..self }
     }
 
     /// Newest term of a coordinator that was followed: to be on disk before what [`Member::handle`] gave is done.
@@ -284,8 +296,8 @@ impl Member {
     }
 
     fn ready(&self) -> MemberCommand {
-        let Self { round, state_hash, tokens_per_second, .. } = *self;
-        MemberCommand::Report(Report::Ready { round, state_hash, tokens_per_second })
+        let Self { round, state_hash, tokens_per_second, recall, .. } = *self;
+        MemberCommand::Report(Report::Ready { round, state_hash, tokens_per_second, recall })
     }
 
     /// Takes one event.
@@ -307,9 +319,12 @@ impl Member {
                 self.start_over(round, state_hash);
                 commands.push(self.ready());
             }
-            MemberEvent::StateUnavailable => commands.push(self.ready()),
+            MemberEvent::StateUnavailable => {
+                (self.fetching_state, self.rejoining) = (false, false);
+                commands.push(self.ready());
+            }
             MemberEvent::Merged { round, state_hash } => self.merged(round, state_hash, &mut commands),
-            MemberEvent::Reconnected => self.rejoining = true,
+            MemberEvent::Reconnected => (self.rejoining, self.recall) = (true, 0),
             MemberEvent::StopRequested => {
                 let reason = LeaveReason::Stopped;
                 commands.push(MemberCommand::Report(Report::Leave { reason }));
@@ -331,6 +346,7 @@ impl Member {
         match directive {
             Directive::Peers(peers) => commands.push(MemberCommand::Peers(peers)),
             Directive::FetchState { commit, state_hash, from } => {
+                self.fetching_state = true;
                 commands.push(MemberCommand::Abandon);
                 commands.push(MemberCommand::FetchState { commit, state_hash, from });
             }
@@ -356,8 +372,18 @@ impl Member {
                 return Err(self.refuse(format!("that it leads in the older term {term}")));
             }
             Directive::Lead { term } => self.term = term,
+            Directive::Recall { number } => {
+                (self.rejoining, self.recall) = (true, number);
+                self.keep_what_can_be_merged();
+            }
         }
         Ok(())
+    }
+
+    /// Forgets commits from the first on whose deltas are not all here.
+    fn keep_what_can_be_merged(&mut self) {
+        let held = self.commits.iter().take_while(|commit| self.holds_all(commit)).count();
+        self.commits.truncate(held.max(usize::from(self.merging)));
     }
 
     fn planned(&self, term: Term, round: Round) -> Option<&RoundPlan> {
@@ -379,6 +405,11 @@ impl Member {
         if self.announced.insert(key, contributor).is_none() {
             commands.push(MemberCommand::FetchDelta { round, fragment, contributor });
         }
+    }
+
+    /// Of the plan for that round.
+    fn attempt(&self, round: Round) -> u32 {
+        self.plans.get(&round).map_or(0, |plan| plan.attempt)
     }
 
     fn works_in(&self, round: Round) -> bool {
@@ -453,7 +484,8 @@ impl Member {
 
     /// A state has been fetched: whatever was going on is void.
     fn start_over(&mut self, round: Round, state_hash: ContentHash) {
-        *self = Self { term: self.term, ..Self::new(self.site, round, state_hash, self.tokens_per_second) };
+        let Self { term, recall, .. } = *self;
+        *self = Self { term, recall, ..Self::new(self.site, round, state_hash, self.tokens_per_second) };
     }
 
     fn encoded(
@@ -466,26 +498,30 @@ impl Member {
         if self.works_in(round) {
             self.encoded.insert(round);
             self.held.insert((round, self.site));
-            commands.push(MemberCommand::Report(Report::Computed { round, contribution, slice_hashes }));
+            let attempt = self.attempt(round);
+            commands.push(MemberCommand::Report(Report::Computed { round, attempt, contribution, slice_hashes }));
         }
     }
 
     fn delta_held(&mut self, round: Round, from: SiteId, commands: &mut Vec<MemberCommand>) {
         if round > self.round && self.announced.contains_key(&(round, from)) {
             self.held.insert((round, from));
-            commands.push(MemberCommand::Report(Report::Holds { round, from }));
+            commands.push(MemberCommand::Report(Report::Holds { round, attempt: self.attempt(round), from }));
+        }
+    }
+
+    fn holds_all(&self, commit: &Commit) -> bool {
+        match commit.parts.is_empty() {
+            true => commit.contributors.iter().all(|contributor| self.held.contains(&(commit.round, contributor.site))),
+            false => self.shards.hold_all(commit),
         }
     }
 
     fn merge_when_possible(&mut self, commands: &mut Vec<MemberCommand>) {
         let Some(commit) = self.commits.front() else { return };
         let round = commit.round;
-        let all_held = match commit.parts.is_empty() {
-            true => commit.contributors.iter().all(|contributor| self.held.contains(&(round, contributor.site))),
-            false => self.shards.hold_all(commit),
-        };
         let own_taken = self.encoded.contains(&round) || !self.works_in(round);
-        if !self.merging && all_held && own_taken {
+        if !self.merging && self.holds_all(commit) && own_taken {
             self.merging = true;
             commands.push(MemberCommand::Merge(commit.clone()));
         }
@@ -506,10 +542,11 @@ impl Member {
     }
 
     /// To a coordinator that is back a site is a newcomer with the state that it holds. Commits that had come before the line broke
-    /// are merged first: they are in the coordinator's log, and what they need is held by sites. Rounds that are not committed
-    /// are planned anew.
+    /// are merged first: they are in the coordinator's log, and what they need was held by sites. It asks again
+    /// ([`Directive::Recall`]) where that may have been lost. Rounds that are not committed are planned anew. A state that is on its way is
+    /// waited for: the coordinator is told of one state only.
     fn rejoin_when_possible(&mut self, commands: &mut Vec<MemberCommand>) {
-        if self.rejoining && self.commits.is_empty() {
+        if self.rejoining && self.commits.is_empty() && !self.fetching_state {
             self.start_over(self.round, self.state_hash);
             commands.push(MemberCommand::Abandon);
             commands.push(self.ready());

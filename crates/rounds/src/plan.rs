@@ -78,6 +78,8 @@ pub struct RoundPlan {
     pub term: Term,
     /// The round that will be committed.
     pub round: Round,
+    /// Which attempt at it: greater where a plan of the same term for the same round was withdrawn. Reports say which they answer.
+    pub attempt: u32,
     /// Inner steps of the run before this round: the place in the learning-rate schedule.
     pub first_step: u64,
     /// Inner steps of a site that has its full share; none in the rounds at the end of a run that only synchronise.
@@ -276,6 +278,12 @@ pub enum Directive {
         /// Its fencing number.
         term: Term,
     },
+    /// Say what you hold ([`Report::Ready`]): all plans are withdrawn, and commits whose deltas are not all there will be told again,
+    /// if they are still to be had.
+    Recall {
+        /// How many times that was asked over this connection.
+        number: u32,
+    },
 }
 
 /// Why a site is no longer part of the run.
@@ -347,11 +355,16 @@ pub enum Report {
         state_hash: ContentHash,
         /// Measured at join.
         tokens_per_second: f64,
+        /// Number of the newest [`Directive::Recall`] that came over this connection, 0 before the first: what was said before that was
+        /// followed does not count.
+        recall: u32,
     },
     /// Its inner steps are done and its delta can be fetched.
     Computed {
         /// Round of the plan.
         round: Round,
+        /// Attempt of the plan.
+        attempt: u32,
         /// What it has.
         contribution: Contribution,
         /// BLAKE3 of its slice for each part of the plan, in that order; none where the plan has none.
@@ -361,6 +374,8 @@ pub enum Report {
     Holds {
         /// Round of the plan.
         round: Round,
+        /// Attempt of the plan.
+        attempt: u32,
         /// Whose.
         from: SiteId,
     },
@@ -368,6 +383,8 @@ pub enum Report {
     HoldsSlice {
         /// Round of the plan.
         round: Round,
+        /// Attempt of the plan.
+        attempt: u32,
         /// Whose.
         from: SiteId,
     },
@@ -375,6 +392,8 @@ pub enum Report {
     Reduced {
         /// Round of the plan.
         round: Round,
+        /// Attempt of the plan.
+        attempt: u32,
         /// BLAKE3 of the merged part.
         hash: ContentHash,
     },
@@ -382,6 +401,8 @@ pub enum Report {
     HoldsPart {
         /// Round of the plan.
         round: Round,
+        /// Attempt of the plan.
+        attempt: u32,
         /// Who merged it.
         from: SiteId,
     },
@@ -406,6 +427,24 @@ pub enum Report {
         /// What it knows now.
         measurement: Measurement,
     },
+}
+
+impl Report {
+    /// The plan that it answers, if it answers one: its round and which attempt at that.
+    pub fn answers(&self) -> Option<(Round, u32)> {
+        match *self {
+            Self::Computed { round, attempt, .. }
+            | Self::Holds { round, attempt, .. }
+            | Self::HoldsSlice { round, attempt, .. }
+            | Self::Reduced { round, attempt, .. }
+            | Self::HoldsPart { round, attempt, .. } => Some((round, attempt)),
+            Self::Ready { .. }
+            | Self::Applied { .. }
+            | Self::Leave { .. }
+            | Self::Device(_)
+            | Self::Measured { .. } => None,
+        }
+    }
 }
 
 /// Hash of the global state after a commit (invariant I1): BLAKE3 of the parameters and outer buffers as little-endian

@@ -28,6 +28,7 @@ fn begin(term: u64) -> Directive {
     Directive::Begin(RoundPlan {
         term,
         round,
+        attempt: 1,
         first_step: 0,
         steps: 1,
         fragment,

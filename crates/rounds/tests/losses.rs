@@ -4,6 +4,7 @@
 
 use base::config::SyncSection;
 use base::{ContentHash, ParameterSchema, Round, SiteId};
+use rounds::coordinator::{Note, Record};
 use rounds::plan::{Contribution, Directive, LeaveReason, Peer, Report, RoundPlan};
 use rounds::{Command, Coordinator, Event, Settings};
 
@@ -47,12 +48,34 @@ impl Run {
         self.coordinator.handle(event, self.now)
     }
 
-    fn join(&mut self, site: u32, round: u64, state_hash: ContentHash) -> Vec<Command> {
+    fn connect(&mut self, site: u32) {
         let site = SiteId(site);
         let peer = Peer { site, name: format!("site-{site}"), address: "host:1".to_owned(), fingerprint: INITIAL };
         self.tell(Event::Connected(peer));
-        let ready = Report::Ready { round: Round(round), state_hash, tokens_per_second: 100.0 };
-        self.tell(Event::Reported(site, ready))
+    }
+
+    fn join(&mut self, site: u32, round: u64, state_hash: ContentHash) -> Vec<Command> {
+        self.connect(site);
+        self.ready(site, round, state_hash, 0)
+    }
+
+    fn ready(&mut self, site: u32, round: u64, state_hash: ContentHash, recall: u32) -> Vec<Command> {
+        let ready = Report::Ready { round: Round(round), state_hash, tokens_per_second: 100.0, recall };
+        self.tell(Event::Reported(SiteId(site), ready))
+    }
+
+    fn applied(&mut self, site: u32) {
+        let applied = Report::Applied { round: Round(1), state_hash: AFTER_ONE };
+        self.tell(Event::Reported(SiteId(site), applied));
+    }
+
+    /// Time passes; gives what was said meanwhile.
+    fn seconds(&mut self, seconds: u32) -> Vec<Command> {
+        let second = |_| {
+            self.now += 1.0;
+            self.tell(Event::Tick)
+        };
+        (0..seconds).flat_map(second).collect()
     }
 
     fn leave(&mut self, site: u32) -> Vec<Command> {
@@ -61,21 +84,38 @@ impl Run {
 
     /// The site delivers what that plan asks of it.
     fn compute(&mut self, site: u32, plan: &RoundPlan) -> Vec<Command> {
+        let (round, attempt, contribution) = (plan.round, plan.attempt, self.contribution(site, plan));
+        self.tell(Event::Reported(
+            SiteId(site),
+            Report::Computed { round, attempt, contribution, slice_hashes: Vec::new() },
+        ))
+    }
+
+    fn contribution(&self, site: u32, plan: &RoundPlan) -> Contribution {
         let site = SiteId(site);
         let samples = plan.assignments.iter().find(|assignment| assignment.site == site).unwrap().samples;
-        let contribution = Contribution {
+        Contribution {
             tokens: samples * self.settings.sequence_length,
             delta_hash: INITIAL,
             delta_bytes: self.settings.delta_bytes(plan.fragment),
             loss_nats: 1.0,
             compute_seconds: 1.0,
-        };
-        self.tell(Event::Reported(site, Report::Computed { round: plan.round, contribution, slice_hashes: Vec::new() }))
+        }
     }
 }
 
-fn is_dropped(commands: &[Command], site: u32, why: LeaveReason) -> bool {
-    commands.contains(&Command::Send(SiteId(site), Directive::Dropped { reason: why }))
+/// Whether a site is asked what it holds.
+fn is_recalled(commands: &[Command], site: u32) -> bool {
+    let asks =
+        |command: &Command| matches!(command, Command::Send(to, Directive::Recall { .. }) if *to == SiteId(site));
+    commands.iter().any(asks)
+}
+
+fn plan_for(commands: &[Command], site: u32) -> Option<RoundPlan> {
+    commands.iter().find_map(|command| match command {
+        Command::Send(to, Directive::Begin(plan)) if *to == SiteId(site) => Some(plan.clone()),
+        _ => None,
+    })
 }
 
 #[test]
@@ -87,27 +127,109 @@ fn a_site_with_a_round_that_the_log_has_not_got_is_sent_to_fetch_a_state() {
     assert!(commands.iter().any(fetches), "{commands:?}");
 }
 
-#[test]
-fn a_site_whose_deltas_left_with_their_last_holder_does_not_wait_for_them() {
+/// Round 1 is committed and only site 1 has merged it; site 0 has come back with round 0, and fetches what it lacks.
+fn behind_by_a_commit() -> Run {
     let (mut run, plan) = Run::begun();
     run.leave(0);
     run.compute(1, &plan);
-    let applied = Report::Applied { round: Round(1), state_hash: AFTER_ONE };
-    run.tell(Event::Reported(SiteId(1), applied));
+    run.applied(1);
     assert_eq!(run.coordinator.last().commit.round, Round(1));
     // It can follow from round 0: site 1 has what it lacks.
     let commands = run.join(0, 0, INITIAL);
     let catches_up = |command: &Command| matches!(command, Command::Send(SiteId(0), Directive::Commit(_)));
     assert!(commands.iter().any(catches_up), "{commands:?}");
-    assert!(!is_dropped(&run.tell(Event::Tick), 0, LeaveReason::DeltasMissing));
+    assert!(!is_recalled(&run.seconds(20), 0), "what it lacks is to be had");
+    run
+}
+
+#[test]
+fn the_run_goes_back_when_nobody_has_what_its_last_commit_needs() {
+    let mut run = behind_by_a_commit();
     run.leave(1);
-    // It may have fetched all of it just before.
-    assert!(!is_dropped(&run.tell(Event::Tick), 0, LeaveReason::DeltasMissing));
-    run.now += 7.0;
-    assert!(is_dropped(&run.tell(Event::Tick), 0, LeaveReason::DeltasMissing));
-    // Both come with round 0, and the run goes back to it.
-    run.join(0, 0, INITIAL);
-    run.join(1, 0, INITIAL);
+    assert!(!is_recalled(&run.seconds(6), 0), "it may have fetched all of it just before");
+    assert!(is_recalled(&run.seconds(1), 0));
+    // Nobody knows yet whether site 1 comes with round 1.
+    assert!(plan_for(&run.ready(0, 0, INITIAL, 1), 0).is_none());
+    assert!(plan_for(&run.seconds(60), 0).is_none());
+    assert_eq!(run.coordinator.last().commit.round, Round(1));
+    let commands = run.join(1, 0, INITIAL);
     assert_eq!(run.coordinator.last().commit.round, Round(0));
+    assert!(commands.contains(&Command::Persist(Record::RolledBack { to: Round(0) })));
+    assert_eq!(plan_for(&commands, 0).map(|plan| plan.round), Some(Round(1)));
     run.coordinator.ledger().audit().unwrap();
+}
+
+#[test]
+fn a_site_that_was_away_brings_the_last_state_back() {
+    let mut run = behind_by_a_commit();
+    run.leave(1);
+    run.seconds(7);
+    run.ready(0, 0, INITIAL, 1);
+    let commands = run.join(1, 1, AFTER_ONE);
+    assert_eq!(run.coordinator.last().commit.round, Round(1));
+    let fetches = |command: &Command| matches!(command, Command::Send(SiteId(0), Directive::FetchState { .. }));
+    assert!(commands.iter().any(fetches), "{commands:?}");
+    assert_eq!(plan_for(&commands, 1).map(|plan| plan.round), Some(Round(2)));
+}
+
+#[test]
+fn a_site_that_stays_away_is_waited_for_ten_minutes() {
+    let mut run = behind_by_a_commit();
+    run.leave(1);
+    run.seconds(7);
+    run.ready(0, 0, INITIAL, 1);
+    assert!(plan_for(&run.seconds(600), 0).is_none());
+    assert_eq!(plan_for(&run.seconds(1), 0).map(|plan| plan.round), Some(Round(1)));
+}
+
+#[test]
+fn a_clock_that_jumps_undoes_no_commit() {
+    let mut run = behind_by_a_commit();
+    run.leave(1);
+    run.now += 4_000.0;
+    assert!(!is_recalled(&run.seconds(1), 0));
+}
+
+#[test]
+fn what_a_site_said_before_it_followed_a_recall_does_not_count() {
+    let mut run = behind_by_a_commit();
+    run.leave(1);
+    run.seconds(7);
+    run.ready(0, 0, INITIAL, 0);
+    run.join(1, 0, INITIAL);
+    assert_eq!(run.coordinator.last().commit.round, Round(1), "site 0 has not answered");
+    run.ready(0, 1, AFTER_ONE, 1);
+    assert_eq!(run.coordinator.last().commit.round, Round(1), "it had merged round 1 before it answered");
+}
+
+#[test]
+fn a_site_that_says_nothing_after_its_line_was_broken_is_asked() {
+    let (mut run, _) = Run::begun();
+    run.leave(1);
+    run.connect(1);
+    // `deadline_seconds`: the deltas of what was committed may still be on their way to it.
+    assert!(!is_recalled(&run.seconds(60), 1));
+    assert!(is_recalled(&run.seconds(1), 1));
+    assert!(!is_recalled(&run.seconds(200), 1), "once");
+}
+
+#[test]
+fn an_answer_to_a_plan_that_was_withdrawn_is_ignored() {
+    let (mut run, first) = Run::begun();
+    // A third site follows round 1, of which it has no part; then the workers of round 1 leave.
+    run.join(2, 0, INITIAL);
+    run.leave(0);
+    let commands = run.leave(1);
+    let second = plan_for(&commands, 2).unwrap();
+    assert_eq!((second.round, second.term), (first.round, first.term));
+    assert!(second.attempt > first.attempt);
+    // What it says of the first plan does not count, and is no reason to drop it.
+    let lie = Contribution { tokens: 1, ..run.contribution(2, &second) };
+    let stale =
+        Report::Computed { round: first.round, attempt: first.attempt, contribution: lie, slice_hashes: vec![] };
+    let commands = run.tell(Event::Reported(SiteId(2), stale));
+    let ignored = Note::Outdated { site: SiteId(2), round: first.round, attempt: first.attempt };
+    assert_eq!(commands, [Command::Note(ignored)]);
+    run.compute(2, &second);
+    assert_eq!(run.coordinator.last().commit.round, Round(1));
 }

@@ -712,9 +712,18 @@ fn a_wrong_number_of_slices_is_refused_and_a_merge_that_was_not_asked_for_ignore
         }
     };
     assert_eq!(plan.parts.len(), 2);
-    world.tell_coordinator(Event::Reported(SiteId(0), Report::Reduced { round: plan.round, hash: INITIAL }));
-    world.tell_coordinator(Event::Reported(SiteId(0), Report::HoldsSlice { round: plan.round, from: SiteId(1) }));
-    world.tell_coordinator(Event::Reported(SiteId(0), Report::HoldsPart { round: plan.round, from: SiteId(1) }));
+    world.tell_coordinator(Event::Reported(
+        SiteId(0),
+        Report::Reduced { round: plan.round, attempt: plan.attempt, hash: INITIAL },
+    ));
+    world.tell_coordinator(Event::Reported(
+        SiteId(0),
+        Report::HoldsSlice { round: plan.round, attempt: plan.attempt, from: SiteId(1) },
+    ));
+    world.tell_coordinator(Event::Reported(
+        SiteId(0),
+        Report::HoldsPart { round: plan.round, attempt: plan.attempt, from: SiteId(1) },
+    ));
     let contribution = Contribution {
         tokens: plan.assignments[0].samples * 16,
         delta_hash: INITIAL,
@@ -722,7 +731,8 @@ fn a_wrong_number_of_slices_is_refused_and_a_merge_that_was_not_asked_for_ignore
         loss_nats: 1.0,
         compute_seconds: 1.0,
     };
-    let report = Report::Computed { round: plan.round, contribution, slice_hashes: vec![INITIAL] };
+    let report =
+        Report::Computed { round: plan.round, attempt: plan.attempt, contribution, slice_hashes: vec![INITIAL] };
     world.tell_coordinator(Event::Reported(SiteId(0), report));
     world.run(20_000);
     assert!(world.done, "the other site goes on alone");
@@ -786,7 +796,7 @@ fn a_wrong_token_count_or_delta_size_is_refused() {
             loss_nats: 1.0,
             compute_seconds: 1.0,
         };
-        let lie = Report::Computed { round: plan.round, contribution, slice_hashes: Vec::new() };
+        let lie = Report::Computed { round: plan.round, attempt: plan.attempt, contribution, slice_hashes: Vec::new() };
         world.tell_coordinator(Event::Reported(SiteId(0), lie));
         world.run(20_000);
         assert!(world.done, "the other site goes on alone");

@@ -38,7 +38,7 @@ impl Lockstep {
         for (site, tokens_per_second) in (0..).map(SiteId).zip(measured_at_join.iter().copied()) {
             let peer = Peer { site, name: site.to_string(), address: "localhost:1".to_owned(), fingerprint: STATE };
             lockstep.tell(Event::Connected(peer));
-            let ready = Report::Ready { round: Round(0), state_hash: STATE, tokens_per_second };
+            let ready = Report::Ready { round: Round(0), state_hash: STATE, tokens_per_second, recall: 0 };
             lockstep.tell(Event::Reported(site, ready));
         }
         // The first division counts as none.
@@ -72,12 +72,15 @@ impl Lockstep {
             };
             self.tell(Event::Reported(
                 assignment.site,
-                Report::Computed { round: plan.round, contribution, slice_hashes: Vec::new() },
+                Report::Computed { round: plan.round, attempt: plan.attempt, contribution, slice_hashes: Vec::new() },
             ));
         }
         for site in (0..self.sites).map(SiteId) {
             for from in &working {
-                self.tell(Event::Reported(site, Report::Holds { round: plan.round, from: *from }));
+                self.tell(Event::Reported(
+                    site,
+                    Report::Holds { round: plan.round, attempt: plan.attempt, from: *from },
+                ));
             }
         }
         for site in (0..self.sites).map(SiteId) {
@@ -160,8 +163,10 @@ fn a_speed_that_is_not_a_number_is_refused() {
         loss_nats: 1.0,
         compute_seconds: f64::INFINITY,
     };
-    let event =
-        Event::Reported(SiteId(0), Report::Computed { round: plan.round, contribution, slice_hashes: Vec::new() });
+    let event = Event::Reported(
+        SiteId(0),
+        Report::Computed { round: plan.round, attempt: plan.attempt, contribution, slice_hashes: Vec::new() },
+    );
     let commands = sites.coordinator.handle(event, 0.0);
     assert!(commands.iter().any(|command| matches!(command, Command::Send(SiteId(0), Directive::Dropped { .. }))));
 }

@@ -73,7 +73,7 @@ fn plan(config: &RunConfig, ledger: &mut Ledger, round: u64) -> RoundPlan {
     let fragment = FragmentPlan { index: 0, count: 1, codec: config.sync.codec, rank: 0 };
     let effects = schedule::effects(round, steps, 0);
     let (term, assignments, parts) = (Term(1), assignments.collect(), Vec::new());
-    RoundPlan { term, round, first_step, steps, fragment, effects, assignments, parts }
+    RoundPlan { term, round, attempt: 1, first_step, steps, fragment, effects, assignments, parts }
 }
 
 fn run_round(sites: &mut [Site], plan: &RoundPlan, ledger: &mut Ledger) -> Result<(), Failure> {

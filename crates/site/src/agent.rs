@@ -408,6 +408,8 @@ struct Agent {
     folder: RunFolder,
     config: RunConfig,
     member: Option<Member>,
+    /// Number of the last recall that came before there was a member to follow it.
+    recall: u32,
     site: SiteId,
     held: (Round, ContentHash),
     shelf: Arc<Shelf>,
@@ -478,6 +480,7 @@ impl Agent {
             folder: options.folder.clone(),
             config,
             member: None,
+            recall: 0,
             site,
             held: (saved.commit.round, saved.state_hash),
             shelf,
@@ -596,6 +599,7 @@ impl Agent {
         if self.member.is_some() {
             self.feed(MemberEvent::Reconnected).await?;
         }
+        self.recall = 0;
         Ok(directives)
     }
 
@@ -664,6 +668,8 @@ impl Agent {
         let Some(member) = &mut self.member else {
             if let MemberEvent::Directive(Directive::Peers(peers)) = event {
                 self.shelf.set_peers(peers);
+            } else if let MemberEvent::Directive(Directive::Recall { number }) = event {
+                self.recall = number;
             } else if let MemberEvent::Directive(Directive::Finish { .. } | Directive::Dropped { .. }) = event {
                 self.end(Ok(true));
             }
@@ -854,8 +860,8 @@ impl Agent {
         match done {
             Done::Prepared { tokens_per_second } => {
                 let (round, state_hash) = self.held;
-                let member =
-                    Member::new(self.site, round, state_hash, tokens_per_second).after_term(self.folder.term());
+                let member = Member::new(self.site, round, state_hash, tokens_per_second);
+                let member = member.after_term(self.folder.term()).after_recall(self.recall);
                 let start = member.start();
                 self.member = Some(member);
                 self.emit(Event::SiteReady { site: self.site, tokens_per_second });

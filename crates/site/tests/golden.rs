@@ -226,7 +226,7 @@ impl<'a> World<'a> {
             let site = SiteId(index as u32);
             let (name, fingerprint) = (format!("site-{index}"), ContentHash::of(&[index as u8]));
             world.tell(rounds::Event::Connected(Peer { site, name, address: "localhost:1".to_owned(), fingerprint }));
-            world.report(index, Report::Ready { round, state_hash, tokens_per_second: 1.0 });
+            world.report(index, Report::Ready { round, state_hash, tokens_per_second: 1.0, recall: 0 });
         }
         world
     }
@@ -255,15 +255,16 @@ impl<'a> World<'a> {
         let plan = self.plan.take().unwrap();
         let contributed = self.train(&plan);
         for site in self.arrival.clone() {
-            let (round, contribution) = (plan.round, contributed[site].0);
-            self.report(site, Report::Computed { round, contribution, slice_hashes: Vec::new() });
+            let (round, attempt, contribution) = (plan.round, plan.attempt, contributed[site].0);
+            self.report(site, Report::Computed { round, attempt, contribution, slice_hashes: Vec::new() });
         }
         let tokens: u64 = contributed.iter().map(|(contribution, _)| contribution.tokens).sum();
         let nats: f64 = contributed.iter().map(|(c, _)| c.loss_nats * c.tokens as f64).sum();
         self.losses.push(nats / tokens as f64);
         for holder in self.arrival.clone() {
             for from in self.arrival.clone() {
-                self.report(holder, Report::Holds { round: plan.round, from: SiteId(from as u32) });
+                let (round, attempt, from) = (plan.round, plan.attempt, SiteId(from as u32));
+                self.report(holder, Report::Holds { round, attempt, from });
             }
         }
         let commit = self.commit.take().unwrap();

@@ -124,7 +124,7 @@ pub enum Event {
         /// Mean loss, nats a token.
         nats_per_token: f64,
     },
-    /// Time passed.
+    /// A second passed.
     Tick,
     /// Finish after the round in progress.
     StopRequested,
@@ -301,6 +301,20 @@ pub enum Note {
         from: Round,
         /// The newest round that a site still holds.
         to: Round,
+    },
+    /// No site can reach the last commit any more: all are asked what they hold, and the run goes on from the newest state that is.
+    Regrouped {
+        /// The last commit in the log.
+        round: Round,
+    },
+    /// A site answered a plan that was withdrawn: its answer does not count.
+    Outdated {
+        /// Who.
+        site: SiteId,
+        /// Round of the plan.
+        round: Round,
+        /// Attempt of the plan.
+        attempt: u32,
     },
     /// Every working site left: the round will begin anew.
     RoundAbandoned {

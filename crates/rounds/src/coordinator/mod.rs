@@ -12,6 +12,8 @@
 //!
 //! A round may be sharded: then sites hold slices and merged parts instead of whole deltas ([`reduction`], [`sharded`]).
 //!
+//! Deltas that a commit names may be lost with their last holder before all have merged them: [`regroup`] finds what can be gone on with.
+//!
 //! Where settings are adaptive, rounds follow the links that sites measure on their traffic ([`tuning`]).
 //!
 //! It never touches a tensor: it compares hashes.
@@ -20,6 +22,7 @@ mod grace;
 mod interface;
 mod open_round;
 mod reduction;
+mod regroup;
 mod sharded;
 mod tuning;
 
@@ -49,8 +52,12 @@ const COMPUTE_SECONDS_MIN: f64 = 1e-6;
 /// Sites pulse every 2 s: after this long without a word one counts as silent.
 const SILENCE_SECONDS: f64 = 6.0;
 
-/// Merging what has been fetched takes less.
-const STRANDED_SECONDS_MAX: f64 = 6.0;
+/// What a site was asked to do in a round.
+#[derive(Debug, Clone, Copy)]
+struct Owed {
+    attempt: u32,
+    samples: u64,
+}
 
 #[derive(Debug, Clone)]
 struct Site {
@@ -65,16 +72,23 @@ struct Site {
     applied: Round,
     /// Tokens a second.
     speed: Speed,
-    /// Samples of each round that it has not reported yet.
-    owed: BTreeMap<Round, u64>,
+    /// Each round that it has not reported yet.
+    owed: BTreeMap<Round, Owed>,
     /// Tokens trained on since it joined.
     trained_tokens: u64,
     /// The same when the snapshot of each fragment was taken that was merged last.
     merged_tokens: BTreeMap<u32, u64>,
     /// When a word of it was last heard.
     heard: f64,
-    /// Since when nobody has the deltas that it lacks, as far as is known.
-    stranded_since: Option<f64>,
+    /// For how many ticks nobody has had the deltas that it lacks, as far as is known.
+    stranded_ticks: u32,
+    /// For how many ticks it has been here without a word of what it holds, though nothing was asked of it.
+    unready_ticks: u32,
+    /// How many times it was recalled over this connection ([`regroup`]), and whether it has yet to answer.
+    recalls: u32,
+    is_recalled: bool,
+    /// It was asked to fetch a state, and has yet to say what came of it.
+    is_fetching: bool,
 }
 
 impl Site {
@@ -92,13 +106,12 @@ impl Site {
             trained_tokens: 0,
             merged_tokens,
             heard: now,
-            stranded_since: None,
+            stranded_ticks: 0,
+            unready_ticks: 0,
+            recalls: 0,
+            is_recalled: false,
+            is_fetching: false,
         }
-    }
-
-    /// Whether the deltas of that commit came here, of a site that takes part.
-    fn has_deltas_of(&self, round: Round) -> bool {
-        self.since.is_some_and(|since| self.placed_at < round || self.applied.max(since) >= round)
     }
 }
 
@@ -127,6 +140,12 @@ pub struct Coordinator {
     /// Rounds at the end of the run, planned or committed, in which nobody trains.
     flushes: u32,
     started: bool,
+    /// Of the plans that are made now: see [`RoundPlan::attempt`].
+    attempt: u32,
+    /// For how many ticks no site has been able to reach the last commit.
+    lost_ticks: u32,
+    /// For how many ticks sites have been saying what they hold, for the second time in this term or later.
+    gathering_ticks: Option<u32>,
     /// The last commit before the current sites began: deltas of later ones are still held by some of them.
     started_at: Round,
     stopping: bool,
@@ -183,6 +202,9 @@ impl Coordinator {
             exchanges: Exchanges::default(),
             flushes: 0,
             started: false,
+            attempt: 1,
+            lost_ticks: 0,
+            gathering_ticks: None,
             started_at: Round(0),
             stopping: false,
             weights: BTreeMap::new(),
@@ -275,21 +297,26 @@ impl Coordinator {
     }
 
     fn reported(&mut self, site: SiteId, report: Report, commands: &mut Vec<Command>) {
+        if let Some((round, attempt)) = report.answers()
+            && self.is_outdated(site, round, attempt)
+        {
+            return commands.push(Command::Note(Note::Outdated { site, round, attempt }));
+        }
         match report {
-            Report::Ready { round, state_hash, tokens_per_second } => {
-                self.ready(site, (round, state_hash), tokens_per_second, commands);
+            Report::Ready { round, state_hash, tokens_per_second, recall } => {
+                self.ready(site, (round, state_hash), (tokens_per_second, recall), commands);
             }
-            Report::Computed { round, contribution, slice_hashes } => {
+            Report::Computed { round, contribution, slice_hashes, .. } => {
                 self.computed(site, round, (contribution, &slice_hashes), commands);
             }
-            Report::Holds { round, from } => {
+            Report::Holds { round, from, .. } => {
                 if let Some(open) = self.open.iter_mut().find(|open| open.plan.round == round) {
                     open.hold(site, from);
                 }
             }
-            Report::HoldsSlice { round, from } => self.holds_slice(site, round, from),
-            Report::Reduced { round, hash } => self.reduced(site, round, hash, commands),
-            Report::HoldsPart { round, from } => self.holds_part(site, round, from),
+            Report::HoldsSlice { round, from, .. } => self.holds_slice(site, round, from),
+            Report::Reduced { round, hash, .. } => self.reduced(site, round, hash, commands),
+            Report::HoldsPart { round, from, .. } => self.holds_part(site, round, from),
             Report::Applied { round, state_hash } => self.applied(site, round, state_hash, commands),
             Report::Leave { reason } => self.remove(site, reason, commands),
             Report::Measured { round, measurement } => self.measured(site, round, &measurement, commands),
@@ -297,12 +324,29 @@ impl Coordinator {
         }
     }
 
-    fn ready(&mut self, id: SiteId, held: (Round, ContentHash), tokens_per_second: f64, commands: &mut Vec<Command>) {
+    /// Whether a site answers a plan for that round which was withdrawn: it had not heard of the present one yet.
+    fn is_outdated(&self, site: SiteId, round: Round, attempt: u32) -> bool {
+        let open = self.open.iter().find(|open| open.plan.round == round).map(|open| open.plan.attempt);
+        let owed = self.sites.get(&site).and_then(|site| site.owed.get(&round)).map(|owed| owed.attempt);
+        open.or(owed).is_some_and(|present| present != attempt)
+    }
+
+    fn ready(
+        &mut self,
+        id: SiteId,
+        held: (Round, ContentHash),
+        (tokens_per_second, recall): (f64, u32),
+        commands: &mut Vec<Command>,
+    ) {
+        if self.sites.get(&id).is_some_and(|site| site.recalls != recall) {
+            // It has been asked again since.
+            return;
+        }
         if !(tokens_per_second.is_finite() && tokens_per_second > 0.0) {
             return self.drop_site(id, LeaveReason::Misbehaved, commands);
         }
         if let Some(site) = self.sites.get_mut(&id) {
-            site.held = Some(held);
+            (site.held, site.is_recalled, site.is_fetching) = (Some(held), false, false);
             site.speed = Speed::new(tokens_per_second);
             commands.push(Command::Send(id, Directive::Lead { term: self.term }));
             commands.push(Command::Note(Note::SiteReady { site: id, tokens_per_second }));
@@ -329,8 +373,8 @@ impl Coordinator {
     ) {
         let Some(site) = self.sites.get_mut(&id) else { return };
         // A round that was abandoned meanwhile is owed by nobody.
-        let Some(samples) = site.owed.remove(&round) else { return };
-        let tokens = samples * self.settings.sequence_length;
+        let Some(owed) = site.owed.remove(&round) else { return };
+        let tokens = owed.samples * self.settings.sequence_length;
         let honest = contribution.tokens == tokens
             && contribution.loss_nats.is_finite()
             && contribution.compute_seconds.is_finite()
@@ -377,18 +421,27 @@ impl Coordinator {
         if self.sites.remove(&id).is_none() {
             return;
         }
-        self.votes.values_mut().for_each(|votes| {
-            votes.remove(&id);
-        });
         self.exchanges.links.forget(id);
         if let Some(tuning) = &mut self.tuning {
             tuning.forget(id);
         }
         commands.push(Command::Note(Note::SiteLeft { site: id, reason }));
+        self.withdraw(id, reason == LeaveReason::Diverged);
+        self.tell_peers(commands);
+    }
+
+    /// Goes on without what a site was to do and say: it has left, or begins anew.
+    fn withdraw(&mut self, id: SiteId, distrusted: bool) {
+        self.votes.values_mut().for_each(|votes| {
+            votes.remove(&id);
+        });
+        if let Phase::Finishing(told) = &mut self.phase {
+            told.remove(&id);
+        }
         let others = self.current();
         let mut kept = Round(0);
         for open in &mut self.open {
-            if open.remove(id, &others, reason == LeaveReason::Diverged) {
+            if open.remove(id, &others, distrusted) {
                 kept = open.plan.round;
             }
         }
@@ -396,12 +449,11 @@ impl Coordinator {
         for round in self.ledger.rounds_leased(id).into_iter().filter(|round| *round > kept) {
             self.ledger.give_back(round, id);
         }
-        self.tell_peers(commands);
     }
 
     fn enforce_deadline(&mut self, now: f64, commands: &mut Vec<Command>) {
         self.drop_the_hopeless(commands);
-        self.drop_the_stranded(now, commands);
+        self.recall_the_stranded(commands);
         let Some(front) = self.open.front() else { return };
         if now <= front.deadline {
             return;
@@ -436,22 +488,6 @@ impl Coordinator {
                 let slow = owed.keys().next().is_some_and(|round| *round <= last);
                 let reason = if slow { LeaveReason::TooSlow } else { LeaveReason::DeltasMissing };
                 self.drop_site(site, reason, commands);
-            }
-        }
-    }
-
-    /// A site that was let in because others had what it lacked, and they have left since: it may have fetched that just before, and
-    /// will say so, or it waits for what nobody has.
-    fn drop_the_stranded(&mut self, now: f64, commands: &mut Vec<Command>) {
-        let last = self.last().commit.round;
-        for id in self.current() {
-            let Some(Site { since: Some(since), applied, .. }) = self.sites.get(&id) else { continue };
-            let is_to_be_had = |round| self.sites.values().any(|other| other.has_deltas_of(Round(round)));
-            let is_stranded = !(applied.max(since).0 + 1..=last.0).all(is_to_be_had);
-            let Some(site) = self.sites.get_mut(&id) else { continue };
-            site.stranded_since = site.stranded_since.or(Some(now)).filter(|_| is_stranded);
-            if site.stranded_since.is_some_and(|since| now - since > STRANDED_SECONDS_MAX) {
-                self.drop_site(id, LeaveReason::DeltasMissing, commands);
             }
         }
     }
@@ -506,11 +542,10 @@ impl Coordinator {
             self.started = false;
         }
         if !self.started {
-            let ready = self.sites.values().filter(|site| site.held.is_some()).count();
-            if ready < self.settings.sites as usize && !self.is_over_for_somebody() {
+            if !self.is_gathered() && !self.is_over_for_somebody() {
                 return;
             }
-            self.started = true;
+            (self.started, self.gathering_ticks) = (true, Some(0));
             self.roll_back_to_what_is_held(commands);
             self.started_at = self.last().commit.round;
         }
@@ -525,12 +560,17 @@ impl Coordinator {
                 self.place(*id, *round, commands);
             }
         }
+        if self.is_lost() {
+            // Nobody knows yet which state the run goes on from.
+            return;
+        }
         let from = self.current();
         let settled = self.history.iter().rev().find_map(|committed| Some((&committed.commit, committed.state_hash?)));
         let Some((commit, state_hash)) = settled.filter(|_| !from.is_empty()) else { return };
         for (id, site) in self.sites.iter_mut().filter(|(_, site)| site.since.is_none()) {
             // Asked once; it reports `Ready` again when it has the state, or when it could not get it.
             if site.held.take().is_some() {
+                site.is_fetching = true;
                 let directive = Directive::FetchState { commit: commit.clone(), state_hash, from: from.clone() };
                 commands.push(Command::Send(*id, directive));
             }
@@ -556,7 +596,8 @@ impl Coordinator {
         let behind = last.0.checked_sub(round.0);
         let near = behind.is_some_and(|behind| behind <= self.rounds_kept() / 2);
         let kept = round == last || (round >= self.started_at && near);
-        kept && known.is_some_and(|committed| committed.state_hash == Some(state_hash))
+        let is_known = known.is_some_and(|committed| committed.state_hash == Some(state_hash));
+        kept && is_known && self.can_catch_up_from(round)
     }
 
     /// Tells a site that becomes current what it must follow: commits since its state, then the rounds that are open, in which it
@@ -706,6 +747,12 @@ impl Coordinator {
             return;
         }
         let round = front.plan.round;
+        self.abandon_open();
+        commands.push(Command::Note(Note::RoundAbandoned { round }));
+    }
+
+    /// Withdraws the plans of all open rounds: they will be made anew.
+    fn abandon_open(&mut self) {
         for open in std::mem::take(&mut self.open) {
             let workers: Vec<SiteId> = open.workers().collect();
             for site in workers {
@@ -722,7 +769,7 @@ impl Coordinator {
             site.merged_tokens = (0..fragments).map(|index| (index, site.trained_tokens)).collect();
         }
         self.flushes = self.flushes_committed();
-        commands.push(Command::Note(Note::RoundAbandoned { round }));
+        self.attempt += 1;
     }
 
     fn begin_all(&mut self, now: f64, commands: &mut Vec<Command>) {
@@ -765,9 +812,10 @@ impl Coordinator {
         if assignments.is_empty() {
             return false;
         }
-        let (term, effects) = (self.term, self.effects(round));
+        let (term, attempt, effects) = (self.term, self.attempt, self.effects(round));
         let parts = self.parts(round, fragment, &current, commands);
-        let plan = RoundPlan { term, round, first_step: planned_steps, steps, fragment, effects, assignments, parts };
+        let plan =
+            RoundPlan { term, round, attempt, first_step: planned_steps, steps, fragment, effects, assignments, parts };
         self.open_round(plan, &current, now, commands);
         true
     }
@@ -817,8 +865,9 @@ impl Coordinator {
     }
 
     fn owe(&mut self, site: SiteId, round: Round, samples: u64) {
+        let attempt = self.attempt;
         if let Some(site) = self.sites.get_mut(&site) {
-            site.owed.insert(round, samples);
+            site.owed.insert(round, Owed { attempt, samples });
         }
     }
 

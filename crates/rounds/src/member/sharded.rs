@@ -59,7 +59,7 @@ impl Member {
     pub(super) fn slice_held(&mut self, round: Round, from: SiteId, commands: &mut Vec<MemberCommand>) {
         if round > self.round && self.shards.slices.contains_key(&(round, from)) {
             self.shards.slices_held.insert((round, from));
-            commands.push(MemberCommand::Report(Report::HoldsSlice { round, from }));
+            commands.push(MemberCommand::Report(Report::HoldsSlice { round, attempt: self.attempt(round), from }));
         }
     }
 
@@ -90,7 +90,7 @@ impl Member {
             let (part, key) = (Part { site: self.site, values }, (round, self.site));
             self.shards.parts.insert(key, MergedPart { part, hash });
             self.shards.parts_held.insert(key);
-            commands.push(MemberCommand::Report(Report::Reduced { round, hash }));
+            commands.push(MemberCommand::Report(Report::Reduced { round, attempt: self.attempt(round), hash }));
         }
     }
 
@@ -133,7 +133,7 @@ impl Member {
     pub(super) fn part_held(&mut self, round: Round, from: SiteId, commands: &mut Vec<MemberCommand>) {
         if round > self.round && self.shards.parts.contains_key(&(round, from)) {
             self.shards.parts_held.insert((round, from));
-            commands.push(MemberCommand::Report(Report::HoldsPart { round, from }));
+            commands.push(MemberCommand::Report(Report::HoldsPart { round, attempt: self.attempt(round), from }));
         }
     }
 }

@@ -150,6 +150,8 @@ pub(crate) struct SiteProcess {
     heard: f64,
     site: Option<SiteId>,
     member: Option<Member>,
+    /// As `site::agent` has it: the number of the last recall that came before there was a member.
+    recall: u32,
     pub(crate) state: GlobalState,
     held: (Round, ContentHash),
     saved_round: Round,
@@ -188,6 +190,7 @@ impl SiteProcess {
             heard: around.now,
             site: None,
             member: None,
+            recall: 0,
             engine: Engine::new(state.parameters.clone(), held.0),
             host: Host::new(SiteId(0), Arc::clone(&config), around.sabotage),
             saved_round: held.0,
@@ -313,6 +316,7 @@ impl SiteProcess {
         let Some(member) = &mut self.member else {
             match event {
                 MemberEvent::Directive(Directive::Peers(peers)) => self.set_peers(peers),
+                MemberEvent::Directive(Directive::Recall { number }) => self.recall = number,
                 MemberEvent::Directive(Directive::Finish { .. } | Directive::Dropped { .. }) => {
                     self.end(SiteFate::Over, around);
                 }
@@ -499,7 +503,8 @@ impl SiteProcess {
         let (Some(site), (round, state_hash)) = (self.site, self.held) else { return };
         // A site that has forgotten which terms it has seen follows any coordinator.
         let term = if around.sabotage == Some(Sabotage::ForgottenFencing) { NO_TERM } else { disk.term };
-        let member = Member::new(site, round, state_hash, around.scenario.speeds[self.machine]).after_term(term);
+        let member = Member::new(site, round, state_hash, around.scenario.speeds[self.machine]);
+        let member = member.after_term(term).after_recall(self.recall);
         let start = member.start();
         self.member = Some(member);
         around.observe(Observation::Started { machine: self.machine, site, round });
