@@ -16,6 +16,7 @@ mod bench_link;
 mod bench_mixed;
 mod chart;
 mod finding;
+mod fit;
 mod namespaces;
 mod purity;
 mod runs;
@@ -41,6 +42,8 @@ enum Task {
     Verify(verify::VerifyOptions),
     /// Mend what can be mended without thinking: formatting, and clippy's certain suggestions
     Fix,
+    /// Make the performance model's constants again from measured tables, and judge them on the rows that did not fit
+    Fit(fit::Options),
     /// Measure, and print what was compared with what
     #[command(subcommand)]
     Bench(Bench),
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Task::Verify(options) => verify::run(options).map_err(|error| (error.to_string(), error.hint())),
         Task::Fix => verify::fix().map_err(|error| (error.to_string(), error.hint())),
+        Task::Fit(options) => fit::run(&options).map_err(|error| (error.to_string(), error.hint())),
         Task::Bench(Bench::Engine { arguments }) => {
             bench_engine::run(&arguments).map_err(|error| (error.to_string(), None))
         }

@@ -14,12 +14,14 @@ mod overrides;
 mod progress;
 mod run_file;
 mod signals;
+mod texts;
 mod transformers;
 mod watch;
 
 use clap::{Parser, Subcommand};
 use commands::{
-    devices, doctor, eval, export, init, join, lab, logits, measure, sample, serve, simulate, status, train,
+    devices, doctor, eval, export, init, join, lab, logits, measure, plan, predict, sample, serve, simulate, status,
+    train,
 };
 use failure::Failure;
 use output::Output;
@@ -51,6 +53,8 @@ enum Command {
     Devices(devices::Args),
     Doctor(doctor::Args),
     Simulate(simulate::Args),
+    Plan(plan::Args),
+    Predict(predict::Args),
     #[command(hide = true)]
     Logits(logits::Args),
     #[command(hide = true)]
@@ -87,6 +91,8 @@ fn run(command: Command, output: &Output) -> Result<(), Failure> {
         Command::Devices(args) => devices::run(args, output),
         Command::Doctor(args) => doctor::run(args, output),
         Command::Simulate(args) => simulate::run(args, output),
+        Command::Plan(args) => plan::run(args, output),
+        Command::Predict(args) => predict::run(args, output),
         Command::Logits(args) => logits::run(args, output),
         Command::Measure(args) => measure::run(args, output),
     }

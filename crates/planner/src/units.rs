@@ -108,6 +108,63 @@ quantity!(
     FlopPerSecond
 );
 
+quantity!(
+    /// Watts.
+    Watts
+);
+quantity!(
+    /// Joules.
+    Joules
+);
+quantity!(
+    /// Grams of carbon dioxide, or of what warms as much.
+    Grams
+);
+
+/// Joules of a kWh.
+const KILOWATT_HOUR: f64 = 3.6e6;
+
+/// Seconds of an hour.
+const HOUR: f64 = 3_600.0;
+
+impl Seconds {
+    /// In hours.
+    pub fn hours(self) -> f64 {
+        self.0 / HOUR
+    }
+
+    /// From milliseconds.
+    pub fn from_milliseconds(milliseconds: f64) -> Self {
+        Self(milliseconds / 1e3)
+    }
+
+    /// From hours.
+    pub fn from_hours(hours: f64) -> Self {
+        Self(hours * HOUR)
+    }
+}
+
+impl Joules {
+    /// In kWh.
+    pub fn kilowatt_hours(self) -> f64 {
+        self.0 / KILOWATT_HOUR
+    }
+}
+
+impl Grams {
+    /// In tonnes (10^6 g).
+    pub fn tonnes(self) -> f64 {
+        self.0 / 1e6
+    }
+}
+
+impl Mul<Seconds> for Watts {
+    type Output = Joules;
+    fn mul(self, time: Seconds) -> Joules {
+        Joules(self.0 * time.0)
+    }
+}
+
 /// Bytes in a GiB.
 const GIB: f64 = 1_073_741_824.0;
 
@@ -139,6 +196,11 @@ impl BitsPerSecond {
     /// In Gbit/s.
     pub fn gigabits(self) -> f64 {
         self.0 / 1e9
+    }
+
+    /// From a rate in bytes: a byte is eight bits.
+    pub fn from_bytes_per_second(rate: BytesPerSecond) -> Self {
+        Self(rate.0 * 8.0)
     }
 
     /// The same rate in bytes: eight bits are one.
@@ -187,6 +249,20 @@ impl Div<Seconds> for Bytes {
     }
 }
 
+/// A count as people write it: "70B", "1.4T", "512k", "2e12"; none where it is no finite number.
+pub fn parse_count(text: &str) -> Option<f64> {
+    let text = text.trim();
+    let (digits, factor) = match text.chars().last()? {
+        'k' | 'K' => (&text[..text.len() - 1], 1e3),
+        'm' | 'M' => (&text[..text.len() - 1], 1e6),
+        'b' | 'B' | 'g' | 'G' => (&text[..text.len() - 1], 1e9),
+        't' | 'T' => (&text[..text.len() - 1], 1e12),
+        _ => (text, 1.0),
+    };
+    let number: f64 = digits.trim().replace([',', '_'], "").parse().ok()?;
+    (number * factor).is_finite().then_some(number * factor)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,6 +271,18 @@ mod tests {
     fn eight_gigabits_carry_one_gigabyte() {
         assert_eq!(BitsPerSecond::from_gigabits(8.0).bytes_per_second(), BytesPerSecond::from_gigabytes(1.0));
         assert_eq!(Bytes(3e9) / BitsPerSecond::from_gigabits(8.0).bytes_per_second(), Seconds(3.0));
+    }
+
+    #[test]
+    fn a_kilowatt_for_an_hour_is_a_kilowatt_hour() {
+        assert_eq!((Watts(1_000.0) * Seconds::from_hours(1.0)).kilowatt_hours(), 1.0);
+    }
+
+    #[test]
+    fn counts_are_read_as_people_write_them() {
+        let counts = ["70B", "1.4T", "512k", "2e12", "1,024"].map(parse_count);
+        assert_eq!(counts, [70e9, 1.4e12, 512e3, 2e12, 1024.0].map(Some));
+        assert_eq!(["", "B", "seven", "1e400", "NaN"].map(parse_count), [None; 5]);
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! The shipped constants against published measurements: small tables of facts, each row with its source, under `tests/data`.
-//! The larger tables are judged by the example `fit`; docs/planner.md has their errors.
+//! The larger tables are judged by `cargo xtask fit`; docs/planner.md has their errors.
 
 #![allow(clippy::unwrap_used)]
 

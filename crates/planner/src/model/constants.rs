@@ -1,6 +1,6 @@
 //! The fitted constants of the performance model: all of them, with unit, meaning, and the range in which the fit may move them.
 //!
-//! `cargo run -p planner --example fit -- <folder of measured tables>` makes the values again: it minimises the mean absolute log
+//! `cargo xtask fit <folder of measured tables>` makes the values again: it minimises the mean absolute log
 //! error of step time over one half of the rows (those whose hash is even), each table with equal weight, and reports the errors
 //! of the other half. None of them belongs to a table: those that belong to a family of devices say why.
 

@@ -68,8 +68,31 @@ const COLUMNS: &[&str] = &[
 const ADDED: &str = "step_seconds,tokens_per_second_per_device,tflops_per_device,mfu,memory_gib,compute_share,communication_share,\
                      bubble_share,error";
 
-/// Greatest whole number of any cell: 2^40 tokens, devices, widths are more than anybody has.
-const NUMBER_MAX: f64 = (1_u64 << 40) as f64;
+/// Greatest whole number of each column: some hundred times what anybody has, so that a slip of the keyboard is not computed with.
+const GREATEST: &[(&str, f64)] = &[
+    ("devices", 1e8),
+    ("layers", 1e4),
+    ("hidden", 1e6),
+    ("ffn", 1e7),
+    ("heads", 1e5),
+    ("kv_heads", 1e5),
+    ("vocab", 1e8),
+    ("seq", 1e9),
+    ("global_batch", 1e9),
+    ("micro_batch", 1e6),
+    ("tp", 1e4),
+    ("pp", 4_096.0),
+    ("dp", 1e8),
+    ("cp", 1e5),
+    ("ep", 1e5),
+    ("experts", 1e5),
+    ("experts_per_token", 1e5),
+    ("gpus_per_node", 1e5),
+    ("interleave", 1e4),
+];
+
+/// Greatest network of a device, Gbit/s: 1 Pbit/s.
+const NETWORK_GIGABITS_MAX: f64 = 1e6;
 
 /// Width of a head where none is given.
 const HEAD_SIZE: f64 = 128.0;
@@ -158,6 +181,8 @@ impl Hint for PredictError {
 pub struct Predicted {
     /// One for each row.
     pub rows: Vec<Result<Prediction, RowError>>,
+    /// What was read: the cells of each row.
+    pub table: Table,
     /// The table with the added columns; a row without prediction says why in the last.
     pub csv: String,
 }
@@ -190,7 +215,7 @@ pub fn predict_table(catalogue: &Catalogue, text: &str) -> Result<Predicted, Pre
         })
         .collect();
     let csv = written(&table, &rows);
-    Ok(Predicted { rows, csv })
+    Ok(Predicted { rows, table, csv })
 }
 
 fn nearest(column: &str) -> Option<&'static str> {
@@ -233,6 +258,12 @@ fn write_prediction(csv: &mut String, prediction: &Prediction) -> core::fmt::Res
     )
 }
 
+/// Greatest whole number of a column.
+fn greatest(column: &str) -> f64 {
+    let known = GREATEST.iter().find(|(name, _)| *name == column);
+    known.unwrap_or_else(|| unreachable!("{column} is no column of whole numbers")).1
+}
+
 /// One row's cells.
 struct Cells<'a> {
     table: &'a Table,
@@ -256,8 +287,8 @@ impl<'a> Cells<'a> {
     fn whole(&self, column: &str) -> Result<Option<f64>, RowError> {
         let Some(found) = self.text(column) else { return Ok(None) };
         match found.parse::<f64>() {
-            Ok(number) if (1.0..=NUMBER_MAX).contains(&number) && number.fract() == 0.0 => Ok(Some(number)),
-            _ => Err(self.wrong(column, found, format!("a whole number from 1 to {NUMBER_MAX}"))),
+            Ok(number) if (1.0..=greatest(column)).contains(&number) && number.fract() == 0.0 => Ok(Some(number)),
+            _ => Err(self.wrong(column, found, format!("a whole number from 1 to {}", greatest(column)))),
         }
     }
 
@@ -282,11 +313,15 @@ fn case<'a>(catalogue: &'a Catalogue, table: &Table, row: usize) -> Result<Case<
     let shape = shape(&cells)?;
     let network = match cells.text("interconnect_gbit_s") {
         None => 200.0,
-        Some(found) => found
-            .parse::<f64>()
-            .ok()
-            .filter(|rate| *rate > 0.0 && *rate <= NUMBER_MAX)
-            .ok_or_else(|| cells.wrong("interconnect_gbit_s", found, "a positive number of Gbit/s"))?,
+        Some(found) => {
+            found.parse::<f64>().ok().filter(|rate| *rate > 0.0 && *rate <= NETWORK_GIGABITS_MAX).ok_or_else(|| {
+                cells.wrong(
+                    "interconnect_gbit_s",
+                    found,
+                    format!("a positive number of Gbit/s, at most {NETWORK_GIGABITS_MAX}"),
+                )
+            })?
+        }
     };
     Ok(Case {
         layout: layout(&cells, &shape, precision)?,
@@ -322,6 +357,9 @@ fn shape(cells: &Cells<'_>) -> Result<Transformer, RowError> {
     let ffn = cells.whole("ffn")?.unwrap_or(4.0 * hidden);
     let experts = cells.whole("experts")?.unwrap_or(1.0);
     let kv_heads = cells.whole("kv_heads")?.unwrap_or(heads);
+    if heads > hidden {
+        return Err(cells.wrong("heads", &heads.to_string(), format!("at most the width of {hidden}")));
+    }
     if kv_heads > heads {
         return Err(cells.wrong("kv_heads", &kv_heads.to_string(), format!("at most the {heads} heads")));
     }
@@ -365,6 +403,11 @@ fn layout(cells: &Cells<'_>, shape: &Transformer, precision: Precision) -> Resul
     let recompute = cells.choice("recompute", &recomputes)?.unwrap_or(Recompute::None);
     let zeros = [("0", 0), ("1", 1), ("2", 2), ("3", 3)];
     let zero = cells.choice("zero", &zeros)?.unwrap_or(1);
+    let global_batch = cells.whole("global_batch")?.unwrap_or(dp * micro_batch);
+    if global_batch < dp * micro_batch {
+        let expected = format!("at least dp micro_batch = {} sequences", dp * micro_batch);
+        return Err(cells.wrong("global_batch", &global_batch.to_string(), expected));
+    }
     Ok(Layout {
         tp,
         pp,
@@ -373,7 +416,7 @@ fn layout(cells: &Cells<'_>, shape: &Transformer, precision: Precision) -> Resul
         ep: degree("ep")?,
         zero,
         micro_batch,
-        global_batch: cells.whole("global_batch")?.unwrap_or(dp * micro_batch),
+        global_batch,
         interleave: cells.whole("interleave")?.unwrap_or(default_interleave(shape.layers, pp, stack)),
         recompute,
         stack,

@@ -38,11 +38,8 @@ fn errors_name_row_and_column() {
     let first = |rows: &str| table(rows).rows[0].clone().unwrap_err().to_string();
     let row =
         |device: &str, tp: &str, precision: &str| format!("x,{device},,24,2048,,16,,,,,,{tp},,,,,,,,,{precision},,");
-    assert_eq!(
-        first(&row("A100", "zwei", "")),
-        "row 1, column tp: \"zwei\" is not a whole number from 1 to 1099511627776"
-    );
-    assert_eq!(first(&row("A100", "0", "")), "row 1, column tp: \"0\" is not a whole number from 1 to 1099511627776");
+    assert_eq!(first(&row("A100", "zwei", "")), "row 1, column tp: \"zwei\" is not a whole number from 1 to 10000");
+    assert_eq!(first(&row("A100", "0", "")), "row 1, column tp: \"0\" is not a whole number from 1 to 10000");
     assert_eq!(first(&row("A100", "32", "")), "row 1, column tp: tp: 32 ranks for 16 heads");
     assert_eq!(first(&row("B100X", "", "")), "row 1, column device: no device is called \"B100X\" in the catalogue");
     assert_eq!(first(&row("", "", "")), "row 1, column device: the cell is empty and has no default");
@@ -54,6 +51,13 @@ fn errors_name_row_and_column() {
         first(&row("A100", "", "int3")),
         "row 1, column precision: \"int3\" is not one of fp32, tf32, bf16, fp16, fp8"
     );
+    assert_eq!(
+        first("x,A100,8,24,2048,,16,,,,4,,,,,,,,,,,,,"),
+        "row 1, column global_batch: \"4\" is not at least dp micro_batch = 8 sequences"
+    );
+    let slip = "x,A100,,24000000,2048,,16,,,,,,,,,,,,,,,,,";
+    assert_eq!(first(slip), "row 1, column layers: \"24000000\" is not a whole number from 1 to 10000");
+    assert!(first("x,A100,,24,2048,,16,,,,,,,,,,,,,,,,,1e9").contains("at most 1000000"));
     assert!(
         first("x,A100,10,24,2048,,16,,,,,,4,,,,,,,,,,,")
             .starts_with("row 1, column devices: \"10\" is not tp pp cp dp")

@@ -1,10 +1,10 @@
-//! What travels between sites: the way with the least time to the same loss.
+//! What travels between sites: every strategy with its settings, the round that it makes and the tokens that it needs.
 
 use super::Task;
-use crate::units::{BytesPerSecond, Seconds};
-use crate::wan::loss::loss_ratio;
+use crate::units::{BitsPerSecond, BytesPerSecond, Seconds};
+use crate::wan::loss::{LossRatio, loss_ratio};
 use crate::wan::schedule::Hiding;
-use crate::wan::{Exchange, Link, RoundCase, RoundTime, round_time};
+use crate::wan::{Exchange, Link, RoundCase, RoundTime, round_time_at};
 
 /// Inner steps that are tried.
 const INNER_STEPS: &[u32] = &[10, 30, 50, 100, 200, 300];
@@ -57,33 +57,63 @@ pub struct Way {
     pub overlap_steps: u32,
     /// Bits a parameter.
     pub bits: u32,
+    /// Each delta to each site, or each site merges a slice.
+    pub exchange: Exchange,
 }
 
-/// The best way for so many sites, its round, and tokens to the loss of data parallelism over its tokens.
-pub fn best_way(task: &Task, sites: usize, step: Seconds, link: Link) -> (Way, RoundTime, f64) {
-    let judged = ways(task).map(|way| {
-        let round = round_time(&round_case(task, sites, step, link, way));
-        let tokens = if sites > 1 {
-            loss_ratio(task.shape.parameters(), sites as f64, f64::from(way.inner_steps)).tokens
-        } else {
-            1.0
-        };
-        (way, round, tokens)
-    });
-    let cost = |judged: &(Way, RoundTime, f64)| judged.2 / judged.1.utilisation;
-    // The first of equals: ways come with the least loss of information first.
-    judged
-        .reduce(|best, next| if cost(&next) < cost(&best) { next } else { best })
-        .unwrap_or_else(|| unreachable!("there are ways"))
+impl Way {
+    /// In words: strategy, H, fragments, overlap, bits, exchange.
+    pub fn describe(&self) -> String {
+        let exchange = if self.exchange == Exchange::Ring { ", sharded" } else { "" };
+        match self.strategy {
+            Strategy::Synchronous => format!("synchronous, {}-bit gradients{exchange}", self.bits),
+            Strategy::Diloco => format!("diloco, H = {}, {} bits{exchange}", self.inner_steps, self.bits),
+            Strategy::Streaming => format!(
+                "streaming, H = {}, {} fragments, overlap {}, {} bits{exchange}",
+                self.inner_steps, self.fragments, self.overlap_steps, self.bits
+            ),
+        }
+    }
 }
 
-fn ways(task: &Task) -> impl Iterator<Item = Way> {
+/// What a way gives: its round, tokens to the loss of data parallelism over its tokens, and whether that law is used beyond its data.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Judged {
+    /// The way.
+    pub way: Way,
+    /// Its round.
+    pub round: RoundTime,
+    /// Tokens and loss.
+    pub loss: LossRatio,
+}
+
+/// The links of a team of sites as its busiest member sees them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Wan {
+    /// What the busiest site sends and receives in a second.
+    pub rate: BytesPerSecond,
+    /// The longest round trip.
+    pub round_trip: Seconds,
+}
+
+/// Every way for so many sites; those that lose least information first.
+pub fn judged(task: &Task, sites: usize, step: Seconds, wan: Wan) -> impl Iterator<Item = Judged> {
+    let task = *task;
+    ways(&task, sites).map(move |way| {
+        let round = round_time_at(&round_case(&task, sites, step, wan, way), wan.rate, wan.rate);
+        let steps = if sites > 1 { f64::from(way.inner_steps) } else { 1.0 };
+        Judged { way, round, loss: loss_ratio(task.shape.parameters(), sites as f64, steps) }
+    })
+}
+
+fn ways(task: &Task, sites: usize) -> impl Iterator<Item = Way> + use<> {
     let synchronous = GRADIENT_BITS.iter().map(|bits| Way {
         strategy: Strategy::Synchronous,
         inner_steps: 1,
         fragments: 1,
         overlap_steps: 0,
         bits: *bits,
+        exchange: Exchange::Mesh,
     });
     let fragments = (task.shape.layers / FRAGMENT_LAYERS).ceil() as u32;
     let outer = BITS.iter().flat_map(move |bits| {
@@ -94,15 +124,22 @@ fn ways(task: &Task) -> impl Iterator<Item = Way> {
                 fragments: 1,
                 overlap_steps: 0,
                 bits: *bits,
+                exchange: Exchange::Mesh,
             };
             let streaming = Way { strategy: Strategy::Streaming, fragments, overlap_steps: OVERLAP_STEPS, ..diloco };
             [diloco, streaming]
         })
     });
-    synchronous.chain(outer)
+    // Between two sites a sharded exchange moves what a mesh moves; a single site does without.
+    let exchanges = if sites > 2 { &[Exchange::Mesh, Exchange::Ring][..] } else { &[Exchange::Mesh][..] };
+    let several = if sites > 1 { usize::MAX } else { 1 };
+    let all = synchronous
+        .chain(outer)
+        .flat_map(move |way| exchanges.iter().map(move |exchange| Way { exchange: *exchange, ..way }));
+    all.take(several)
 }
 
-fn round_case(task: &Task, sites: usize, step: Seconds, link: Link, way: Way) -> RoundCase {
+fn round_case(task: &Task, sites: usize, step: Seconds, wan: Wan, way: Way) -> RoundCase {
     RoundCase {
         parameters: task.shape.parameters(),
         layers: task.shape.layers,
@@ -113,8 +150,11 @@ fn round_case(task: &Task, sites: usize, step: Seconds, link: Link, way: Way) ->
         overlap_steps: f64::from(way.overlap_steps),
         step,
         // A single site exchanges nothing, and waits for nobody.
-        link: if sites > 1 { link } else { Link { round_trip: Seconds::ZERO, ..link } },
-        exchange: Exchange::Mesh,
+        link: Link {
+            round_trip: if sites > 1 { wan.round_trip } else { Seconds::ZERO },
+            ..Link::ideal(BitsPerSecond::from_bytes_per_second(wan.rate))
+        },
+        exchange: way.exchange,
         hiding: Hiding::Snapshot,
         // f32 and bf16 travel as they are.
         coding: if sites > 1 && way.bits < 16 { CODING } else { BytesPerSecond(f64::INFINITY) },

@@ -1,11 +1,22 @@
-//! The fastest layout of one site that fits its memory.
+//! What one site can do: for every layout that fits its memory, how many sequences it finishes in a given time.
+//!
+//! A step of m micro-batches takes a + b m seconds ([`crate::model::pipeline`]: the slowest stage sets b, filling, draining, gradients and
+//! optimiser a). In T seconds a layout whose data-parallel ranks together take q sequences at once so finishes
+//! ```text
+//! sequences(T) = q (T - a) / b      where T >= a + b, else none
+//! ```
+//! and a site the most over its layouts. That function never falls where devices, memory or networks get better, because
+//! they only add layouts or make a and b smaller; all of the search rests on it.
 
-use super::{PlanError, SitePlan, SiteSpec, Task};
+use super::{PlanError, SiteSpec, Task};
+use crate::catalogue::Device;
+use crate::model::constants::FITTED;
 use crate::model::layout::{Layout, Overlap, Recompute, Stack};
 use crate::model::memory::memory;
-use crate::model::{Case, Prediction, USABLE_MEMORY};
+use crate::model::rates::Rates;
+use crate::model::{Case, ModelError, Prediction, USABLE_MEMORY};
 use crate::predict::default_interleave;
-use crate::units::Bytes;
+use crate::units::{Bytes, Seconds};
 
 /// Micro-batches that are tried.
 const MICRO_BATCHES: &[f64] = &[1.0, 2.0, 4.0, 8.0];
@@ -13,93 +24,270 @@ const MICRO_BATCHES: &[f64] = &[1.0, 2.0, 4.0, 8.0];
 /// Most pipeline stages that are tried.
 const STAGES_MAX: f64 = 64.0;
 
-/// Data-parallel degrees (8..=15) 2^k: at most an eighth of the devices stays idle, and a larger site has every degree of a smaller one.
-fn degrees(most: f64) -> impl Iterator<Item = f64> {
-    let small = (1..8).map(f64::from);
-    let large = (0..28).flat_map(|exponent| (8..16).map(move |first| f64::from(first) * f64::from(exponent).exp2()));
-    small.chain(large).take_while(move |degree| *degree <= most)
-}
+/// Stages that are tried although the layers do not come out even.
+const STAGES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
 
-/// Fewest data-parallel degrees below the largest possible one that are tried: smaller ones leave most of the site idle.
+/// Smaller data-parallel degrees than this part of the largest are tried as powers of two only: they leave most of the site idle.
 const IDLE_MAX: f64 = 0.5;
 
-/// The best layout of a site for this share of the batch.
-pub fn best_layout(task: &Task, site: &SiteSpec<'_>, share: f64) -> Result<SitePlan, PlanError> {
-    let batch = (f64::from(task.global_batch) * share).round().max(1.0);
-    let mut best: Option<(Layout, Prediction)> = None;
-    let mut unbounded = 0.0_f64;
-    let mut leanest: Option<Bytes> = None;
-    for layout in candidates(task, site, batch) {
-        let case = case(task, site, layout);
-        if case.validate().is_err() {
-            continue;
-        }
-        let prediction = case.predict()?;
-        let speed = tokens_per_second(task, &layout, &prediction);
-        unbounded = unbounded.max(speed);
-        leanest = Some(leanest.map_or(prediction.memory.total(), |least| least.min(prediction.memory.total())));
-        let faster =
-            best.as_ref().is_none_or(|(layout, prediction)| speed > tokens_per_second(task, layout, prediction));
-        if prediction.fits == Some(true) && faster {
-            best = Some((layout, prediction));
-        }
+/// How a pipeline lies over kinds of devices.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Placement<'a> {
+    /// One kind for all stages, or one for each stage.
+    pub devices: Vec<&'a Device>,
+    /// Layers of each stage where they are not even.
+    pub layers: Option<Vec<f64>>,
+}
+
+/// One layout as a function of time.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Line<'a> {
+    /// The layout; its batch is one round of micro-batches.
+    pub layout: Layout,
+    /// Its devices.
+    pub placement: Placement<'a>,
+    /// Time before the first micro-batch counts, a.
+    start: f64,
+    /// Time of a micro-batch, b.
+    each: f64,
+    /// Sequences of a micro-batch over all ranks, q.
+    quantum: f64,
+}
+
+impl Line<'_> {
+    /// Sequences that it finishes in this time.
+    pub fn sequences(&self, time: Seconds) -> f64 {
+        if time.0 < self.first() { 0.0 } else { self.quantum * (time.0 - self.start) / self.each }
     }
-    let Some((layout, prediction)) = best else { return Err(refusal(task, site, leanest)) };
-    let speed = tokens_per_second(task, &layout, &prediction);
-    Ok(SitePlan {
-        name: site.name.clone(),
-        layout,
-        prediction,
-        share,
-        tokens_per_second: speed,
-        memory_gain: unbounded / speed,
+
+    /// Time in which it finishes so many sequences.
+    pub fn time_for(&self, sequences: f64) -> Seconds {
+        Seconds((self.start + self.each * sequences / self.quantum).max(self.first()))
+    }
+
+    /// How many devices of each kind it takes.
+    pub fn used(&self) -> Vec<(&Device, f64)> {
+        let stage = self.layout.tp * self.layout.dp * self.layout.cp;
+        let mut used: Vec<(&Device, f64)> = Vec::new();
+        let stages = if self.placement.devices.len() == 1 { self.layout.pp } else { 1.0 };
+        for device in &self.placement.devices {
+            match used.iter_mut().find(|(known, _)| core::ptr::eq(*known, *device)) {
+                Some((_, count)) => *count += stage * stages,
+                None => used.push((device, stage * stages)),
+            }
+        }
+        used
+    }
+
+    fn first(&self) -> f64 {
+        self.start + self.each
+    }
+
+    /// Whether it is never behind the other.
+    fn dominates(&self, other: &Self) -> bool {
+        self.quantum / self.each >= other.quantum / other.each
+            && self.sequences(Seconds(other.first())) >= other.quantum
+    }
+}
+
+/// A site's layouts that no other of its layouts is always ahead of.
+#[derive(Debug, Clone, Default)]
+pub struct Ability<'a> {
+    /// Those that fit memory.
+    pub lines: Vec<Line<'a>>,
+    /// Those that would be there if memory were unbounded.
+    pub unbounded: Vec<Line<'a>>,
+}
+
+/// The most sequences that one of the layouts finishes in this time, and which.
+pub fn most<'a, 'b>(lines: &'b [Line<'a>], time: Seconds) -> (f64, Option<&'b Line<'a>>) {
+    lines.iter().fold((0.0, None), |best, line| {
+        let sequences = line.sequences(time);
+        if sequences > best.0 { (sequences, Some(line)) } else { best }
     })
 }
 
-fn tokens_per_second(task: &Task, layout: &Layout, prediction: &Prediction) -> f64 {
-    layout.global_batch * task.shape.seq / prediction.step.0
+fn insert<'a>(lines: &mut Vec<Line<'a>>, line: Line<'a>) {
+    if lines.iter().any(|known| known.dominates(&line)) {
+        return;
+    }
+    lines.retain(|known| !line.dominates(known));
+    lines.push(line);
 }
 
-fn case<'a>(task: &Task, site: &SiteSpec<'a>, layout: Layout) -> Case<'a> {
+/// Everything that a site can do.
+///
+/// # Errors
+/// No layout fits its devices' memory, or a figure that the model needs is unknown.
+pub fn ability<'a>(task: &Task, site: &SiteSpec<'a>) -> Result<Ability<'a>, PlanError> {
+    let mut ability = Ability::default();
+    let mut leanest: Option<(Bytes, Bytes)> = None;
+    for (placement, layout) in candidates(task, site)? {
+        let case = case(task, site, &placement, layout);
+        if case.validate().is_err() {
+            continue;
+        }
+        let needed = memory(&case).total();
+        let usable = least_memory(&placement.devices)? * USABLE_MEMORY;
+        if leanest.is_none_or(|(least, of)| needed / usable < least / of) {
+            leanest = Some((needed, usable));
+        }
+        let line = line(&case, placement.clone())?;
+        if needed <= usable {
+            insert(&mut ability.lines, line.clone());
+        }
+        insert(&mut ability.unbounded, line);
+    }
+    if ability.lines.is_empty() { Err(refusal(task, site, leanest)) } else { Ok(ability) }
+}
+
+/// Two predictions fix the line: with as many micro-batches as there are stages, and twice as many.
+fn line<'a>(case: &Case<'a>, placement: Placement<'a>) -> Result<Line<'a>, ModelError> {
+    let mut layout = case.layout;
+    let quantum = layout.dp * layout.micro_batch;
+    let few = case.layout.micro_batches();
+    let seconds = |count: f64| -> Result<f64, ModelError> {
+        let layout = Layout { global_batch: quantum * count, ..case.layout };
+        Ok(Case { layout, ..case.clone() }.predict()?.step.0)
+    };
+    let (first, second) = (seconds(few)?, seconds(2.0 * few)?);
+    let each = (second - first) / few;
+    layout.global_batch = quantum;
+    Ok(Line { layout, placement, start: first - each * few, each, quantum })
+}
+
+/// A layout's prediction for a batch.
+///
+/// # Errors
+/// A figure that the model needs is unknown.
+pub fn predict(task: &Task, site: &SiteSpec<'_>, line: &Line<'_>, sequences: f64) -> Result<Prediction, PlanError> {
+    let layout = Layout { global_batch: sequences.max(1.0), ..line.layout };
+    Ok(case(task, site, &line.placement, layout).predict()?)
+}
+
+fn case<'a>(task: &Task, site: &SiteSpec<'a>, placement: &Placement<'a>, layout: Layout) -> Case<'a> {
     Case {
         shape: task.shape,
         layout,
         precision: site.precision,
-        devices: vec![site.device],
-        stage_layers: None,
+        devices: placement.devices.clone(),
+        stage_layers: placement.layers.clone(),
         devices_per_node: f64::from(site.devices_per_node),
         network: site.network,
     }
 }
 
-fn candidates(task: &Task, site: &SiteSpec<'_>, batch: f64) -> Vec<Layout> {
-    let devices = f64::from(site.devices);
-    let node = f64::from(site.devices_per_node);
+fn least_memory(devices: &[&Device]) -> Result<Bytes, ModelError> {
+    devices.iter().try_fold(Bytes(f64::INFINITY), |least, device| {
+        let memory = device.memory();
+        let unknown = ModelError::UnknownFigure { device: device.name.clone(), key: "memory_gib" };
+        memory.map(|memory| least.min(memory)).ok_or(unknown)
+    })
+}
+
+/// Every layout over one kind of the site's devices, and over all its kinds in one pipeline.
+fn candidates<'a>(task: &Task, site: &SiteSpec<'a>) -> Result<Vec<(Placement<'a>, Layout)>, PlanError> {
     let mut all = Vec::new();
-    for tp in (0..8).map(|exponent| f64::from(1u32 << exponent)).filter(|tp| *tp <= node.min(task.shape.heads)) {
-        for pp in
-            (1..=STAGES_MAX as u32).map(f64::from).filter(|pp| task.shape.layers % pp == 0.0 && tp * pp <= devices)
-        {
-            let most = (devices / (tp * pp)).floor().min(batch);
-            for dp in degrees(most).filter(|dp| *dp >= most * IDLE_MAX) {
-                push_variants(task, Layout { tp, pp, dp, ..base(task, batch, pp) }, &mut all);
+    for group in &site.groups {
+        let devices = site.powered(group);
+        let placement = Placement { devices: vec![group.device], layers: None };
+        all.extend(uniform(task, site, devices).into_iter().map(|layout| (placement.clone(), layout)));
+    }
+    if site.groups.len() > 1 {
+        all.extend(unlike(task, site)?);
+    }
+    Ok(all)
+}
+
+/// Data-parallel degrees (8..=15) 2^k: at most an eighth of the devices stays idle, and a larger site has every degree of a smaller one.
+fn degrees(most: f64) -> impl Iterator<Item = f64> {
+    let small = (1..8).map(f64::from);
+    let large = (0..28).flat_map(|exponent| (8..16).map(move |first| f64::from(first) * f64::from(exponent).exp2()));
+    let all = small.chain(large).take_while(move |degree| *degree <= most);
+    all.filter(move |degree| *degree >= most * IDLE_MAX || degree.log2().fract() == 0.0)
+}
+
+fn tensor_degrees(task: &Task, site: &SiteSpec<'_>) -> impl Iterator<Item = f64> + use<> {
+    let most = f64::from(site.devices_per_node).min(task.shape.heads);
+    (0..8).map(|exponent| f64::from(1u32 << exponent)).take_while(move |tp| *tp <= most)
+}
+
+fn uniform(task: &Task, site: &SiteSpec<'_>, devices: f64) -> Vec<Layout> {
+    let layers = task.shape.layers;
+    let counts = (1..=STAGES_MAX as u32).map(f64::from);
+    let stages: Vec<f64> = counts.filter(|pp| *pp <= layers && (layers % pp == 0.0 || STAGES.contains(pp))).collect();
+    let mut all = Vec::new();
+    for tp in tensor_degrees(task, site) {
+        for pp in stages.iter().copied().filter(|pp| tp * pp <= devices) {
+            let most = (devices / (tp * pp)).floor().min(f64::from(task.global_batch));
+            for dp in degrees(most) {
+                let interleave = default_interleave(layers, pp, Stack::Modern);
+                push_variants(task, Layout { tp, pp, dp, interleave, ..base() }, &mut all);
             }
         }
     }
     all
 }
 
-fn base(task: &Task, batch: f64, pp: f64) -> Layout {
+/// One pipeline over all kinds, each with as many stages as its devices give and layers in proportion to its speed.
+fn unlike<'a>(task: &Task, site: &SiteSpec<'a>) -> Result<Vec<(Placement<'a>, Layout)>, PlanError> {
+    let counts: Vec<f64> = site.groups.iter().map(|group| site.powered(group)).collect();
+    let fewest = counts.iter().copied().fold(f64::INFINITY, f64::min);
+    let mut all = Vec::new();
+    for tp in tensor_degrees(task, site) {
+        for dp in degrees((fewest / tp).floor().min(f64::from(task.global_batch))) {
+            let stages: Vec<f64> = counts.iter().map(|count| (count / (tp * dp)).floor()).collect();
+            let pp = stages.iter().sum::<f64>();
+            if pp > STAGES_MAX.min(task.shape.layers) {
+                continue;
+            }
+            let placement = placed(task, site, &stages)?;
+            let mut layouts = Vec::new();
+            push_variants(task, Layout { tp, pp, dp, ..base() }, &mut layouts);
+            all.extend(layouts.into_iter().map(|layout| (placement.clone(), layout)));
+        }
+    }
+    Ok(all)
+}
+
+/// Devices and layers of every stage: one layer at least, the rest by largest remainder of the stages' speeds.
+fn placed<'a>(task: &Task, site: &SiteSpec<'a>, stages: &[f64]) -> Result<Placement<'a>, PlanError> {
+    let mut devices = Vec::new();
+    let mut speeds = Vec::new();
+    for (group, count) in site.groups.iter().zip(stages) {
+        let speed = Rates::of(group.device, site.precision, &FITTED)?.gemm.0;
+        for _ in 0..*count as usize {
+            devices.push(group.device);
+            speeds.push(speed);
+        }
+    }
+    let spare = task.shape.layers - devices.len() as f64;
+    let sum: f64 = speeds.iter().sum();
+    // A stage's part of all layers, less the one that it has in any case.
+    let ideal: Vec<f64> = speeds.iter().map(|speed| (task.shape.layers * speed / sum - 1.0).max(0.0)).collect();
+    let scale = spare / ideal.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+    let ideal: Vec<f64> = ideal.iter().map(|part| part * scale).collect();
+    let mut layers: Vec<f64> = ideal.iter().map(|part| 1.0 + part.floor()).collect();
+    let mut order: Vec<usize> = (0..ideal.len()).collect();
+    order.sort_by(|left, right| ideal[*right].fract().total_cmp(&ideal[*left].fract()));
+    let missing = task.shape.layers - layers.iter().sum::<f64>();
+    for index in order.into_iter().cycle().take(missing.max(0.0) as usize) {
+        layers[index] += 1.0;
+    }
+    Ok(Placement { devices, layers: Some(layers) })
+}
+
+fn base() -> Layout {
     Layout {
         tp: 1.0,
-        pp,
+        pp: 1.0,
         dp: 1.0,
         cp: 1.0,
         ep: 1.0,
         zero: 1,
         micro_batch: 1.0,
-        global_batch: batch,
-        interleave: default_interleave(task.shape.layers, pp, Stack::Modern),
+        global_batch: 1.0,
+        interleave: 1.0,
         recompute: Recompute::None,
         stack: Stack::Modern,
         overlap: Overlap::Data,
@@ -109,14 +297,16 @@ fn base(task: &Task, batch: f64, pp: f64) -> Layout {
     }
 }
 
-/// Micro-batch, recomputation, sharding and expert parallelism of one set of degrees.
+/// Micro-batch, recomputation, sharding and expert parallelism of one set of degrees; as many micro-batches as stages.
 fn push_variants(task: &Task, layout: Layout, all: &mut Vec<Layout>) {
-    let local = layout.global_batch / layout.dp;
-    for micro_batch in MICRO_BATCHES.iter().copied().filter(|micro_batch| *micro_batch <= local.ceil()) {
+    let batch = f64::from(task.global_batch);
+    let ep = if task.shape.experts > 1.0 { largest_group(task.shape.experts, layout.dp) } else { 1.0 };
+    for micro_batch in MICRO_BATCHES.iter().copied().filter(|micro_batch| micro_batch * layout.dp <= batch) {
+        let global_batch = layout.dp * micro_batch * layout.pp;
         for recompute in [Recompute::None, Recompute::Full] {
             for zero in if layout.pp > 1.0 { &[1_u8][..] } else { &[1, 3][..] } {
-                let ep = if task.shape.experts > 1.0 { largest_group(task.shape.experts, layout.dp) } else { 1.0 };
-                all.push(Layout { micro_batch, recompute, zero: *zero, ep, eager: *zero == 3, ..layout });
+                let eager = *zero == 3;
+                all.push(Layout { micro_batch, global_batch, recompute, zero: *zero, ep, eager, ..layout });
             }
         }
     }
@@ -128,30 +318,29 @@ fn largest_group(experts: f64, dp: f64) -> f64 {
     groups.filter(|group| experts % group == 0.0 && *group <= dp).fold(1.0, f64::max)
 }
 
-fn refusal(task: &Task, site: &SiteSpec<'_>, leanest: Option<Bytes>) -> PlanError {
-    let Some(memory_of_one) = site.device.memory() else {
-        return crate::model::ModelError::UnknownFigure { device: site.device.name.clone(), key: "memory_gib" }.into();
-    };
-    let usable = memory_of_one * USABLE_MEMORY;
+fn refusal(task: &Task, site: &SiteSpec<'_>, leanest: Option<(Bytes, Bytes)>) -> PlanError {
+    let (needed, usable) = leanest.unwrap_or((Bytes(f64::INFINITY), Bytes::ZERO));
+    let devices = site.groups.iter().map(|group| group.devices).sum();
     PlanError::DoesNotFit {
         site: site.name.clone(),
-        needed_gib: leanest.map_or(f64::INFINITY, Bytes::gib),
+        needed_gib: needed.gib(),
         usable_gib: usable.gib(),
-        devices_factor: enough_devices(task, site, usable),
+        devices,
+        devices_needed: devices_needed(task, site),
+        power_limited: site.groups.iter().any(|group| site.powered(group) < f64::from(group.devices)),
     }
 }
 
-/// The least power of two times its devices with which full sharding and recomputation fit.
-fn enough_devices(task: &Task, site: &SiteSpec<'_>, usable: Bytes) -> Option<f64> {
-    (1..12).map(|exponent| f64::from(1u32 << exponent)).find(|factor| {
-        let tp = f64::from(site.devices_per_node).min(task.shape.heads);
-        let layout = Layout {
-            tp,
-            dp: (f64::from(site.devices) * factor / tp).max(1.0),
-            zero: 3,
-            recompute: Recompute::Full,
-            ..base(task, f64::from(task.global_batch), 1.0)
-        };
-        memory(&case(task, site, layout)).total() <= usable
+/// The least number of devices of the site's first kind over which full sharding and recomputation fit.
+fn devices_needed(task: &Task, site: &SiteSpec<'_>) -> Option<u32> {
+    let group = site.groups.first()?;
+    let usable = group.device.memory()? * USABLE_MEMORY;
+    let placement = Placement { devices: vec![group.device], layers: None };
+    let tp = tensor_degrees(task, site).last()?;
+    degrees(f64::from(task.global_batch)).find_map(|dp| {
+        let ep = if task.shape.experts > 1.0 { largest_group(task.shape.experts, dp) } else { 1.0 };
+        let layout = Layout { tp, dp, ep, zero: 3, recompute: Recompute::Full, global_batch: dp, ..base() };
+        let needed = memory(&case(task, site, &placement, layout)).total();
+        (needed <= usable && tp * dp > f64::from(group.devices)).then_some((tp * dp) as u32)
     })
 }

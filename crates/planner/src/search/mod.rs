@@ -1,52 +1,97 @@
-//! The best plan for several sites: a layout for each, shares that follow their speeds, and what travels between them.
+//! The best plans for several sites: a layout for each, shares that follow their speeds, what travels between them, and what it costs.
 //!
 //! ```text
-//! each site      best layout by tokens a second within memory                                   layouts
-//! all sites      shares in proportion to speed, so that all finish an inner step together
-//! between them   the strategy, H, fragments and bits with the least time to the same loss       between
-//!                time = tokens * tokens(loss) / (sum of speeds * utilisation)
+//! each site      sequences that it finishes in T seconds, over its layouts within memory            layouts
+//! all of a team  the least T in which they finish the batch together; shares in proportion           teams
+//! between them   strategy, H, fragments, bits, exchange: every one is tried                          between
+//!                time = tokens x tokens(loss) / (batch / T x utilisation)
+//! energy, money, carbon                                                                              account
+//! the least by the objective within the caps, and what the next best would lose                      choice
 //! ```
-//! Sites may be left out: a slow link or one replica more can cost more than a small site brings. Every candidate is a plain enumeration,
-//! so a better link, more memory or more devices only ever add candidates or better ones: they cannot make the best plan worse.
+//! A team is a set of sites; up to ten able sites every set is tried, more by leaving out one after the other. Everything is a plain
+//! enumeration of functions that never fall when links, memory or devices get better: they cannot make the fastest plan slower.
 
+pub mod account;
 pub mod between;
+mod choice;
 pub mod layouts;
+mod teams;
 
 use crate::catalogue::{Device, Precision};
+use crate::model::layout::Layout;
 use crate::model::shape::Transformer;
 use crate::model::{ModelError, Prediction};
-use crate::units::{BitsPerSecond, Seconds};
+use crate::units::{BitsPerSecond, Bytes, Seconds, Watts};
 use crate::wan::{Link, RoundTime};
+use account::{Account, Tariff};
 use base::Hint;
-use between::{Way, best_way};
-use layouts::best_layout;
+use between::Way;
+use std::collections::BTreeMap;
 
 /// Most sites of a plan.
-const SITES_MAX: usize = 64;
+pub const SITES_MAX: usize = 64;
 
-/// Utilisation below which the links are what binds.
-const LINK_BINDS: f64 = 0.9;
-
-/// A gain by more memory above which memory is what binds.
-const MEMORY_BINDS: f64 = 1.05;
+/// Devices of one kind at a site.
+#[derive(Debug, Clone, Copy)]
+pub struct Group<'a> {
+    /// What stands there.
+    pub device: &'a Device,
+    /// How many.
+    pub devices: u32,
+}
 
 /// One site that may take part.
 #[derive(Debug, Clone)]
 pub struct SiteSpec<'a> {
     /// Its name.
     pub name: String,
-    /// What stands there.
-    pub device: &'a Device,
-    /// How many.
-    pub devices: u32,
+    /// Its devices, one entry a kind; several may form one pipeline.
+    pub groups: Vec<Group<'a>>,
     /// Devices of a node.
     pub devices_per_node: u32,
     /// Network between its nodes, for each device.
     pub network: BitsPerSecond,
-    /// Its way to the other sites.
-    pub link: Link,
+    /// What all its traffic to other sites shares, each way; none where only the links bound it.
+    pub access: Option<BitsPerSecond>,
     /// Number format of its matrix products.
     pub precision: Precision,
+    /// Power, prices, carbon.
+    pub tariff: Tariff,
+}
+
+impl SiteSpec<'_> {
+    /// Devices of a group that the site's power limit leaves running; all where the limit or their power is unknown.
+    pub fn powered(&self, group: &Group<'_>) -> f64 {
+        let all = self.groups.iter().try_fold(Watts::ZERO, |sum, group| {
+            Some(sum + account::device_power(&self.tariff, group)? * f64::from(group.devices))
+        });
+        let share = match (self.tariff.power_limit, all) {
+            (Some(limit), Some(all)) if all > limit => limit / all,
+            _ => 1.0,
+        };
+        (f64::from(group.devices) * share).floor()
+    }
+}
+
+/// Links between sites, by their places in the list of sites.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Links {
+    /// Named pairs, the smaller place first.
+    pub pairs: BTreeMap<(usize, usize), Link>,
+    /// For every other pair.
+    pub default: Option<Link>,
+}
+
+impl Links {
+    /// The same link between all.
+    pub fn all(link: Link) -> Self {
+        Self { pairs: BTreeMap::new(), default: Some(link) }
+    }
+
+    /// The link of two sites.
+    pub fn between(&self, one: usize, other: usize) -> Option<Link> {
+        self.pairs.get(&(one.min(other), one.max(other))).copied().or(self.default)
+    }
 }
 
 /// What is to be trained.
@@ -60,6 +105,86 @@ pub struct Task {
     pub tokens: f64,
 }
 
+/// What a plan is to have least of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Objective {
+    /// Time to the loss that data parallelism has after the tokens.
+    Time,
+    /// Money.
+    Cost,
+    /// Energy.
+    Energy,
+    /// Carbon.
+    Carbon,
+}
+
+impl Objective {
+    /// All, in the order of the caps.
+    pub const ALL: [Self; 4] = [Self::Time, Self::Cost, Self::Energy, Self::Carbon];
+
+    /// As an option spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Time => "time",
+            Self::Cost => "cost",
+            Self::Energy => "energy",
+            Self::Carbon => "carbon",
+        }
+    }
+
+    /// Unit of its figures.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Time => "h",
+            Self::Cost => "of money",
+            Self::Energy => "kWh",
+            Self::Carbon => "t of CO2",
+        }
+    }
+}
+
+/// Most that a plan may take, each in its objective's unit.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Caps {
+    /// Hours.
+    pub hours: Option<f64>,
+    /// Money.
+    pub cost: Option<f64>,
+    /// kWh.
+    pub kilowatt_hours: Option<f64>,
+    /// Tonnes of CO2.
+    pub carbon_tonnes: Option<f64>,
+}
+
+impl Caps {
+    /// The cap on one figure.
+    pub fn of(&self, objective: Objective) -> Option<f64> {
+        match objective {
+            Objective::Time => self.hours,
+            Objective::Cost => self.cost,
+            Objective::Energy => self.kilowatt_hours,
+            Objective::Carbon => self.carbon_tonnes,
+        }
+    }
+}
+
+/// What is wanted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Wish {
+    /// Least of what.
+    pub objective: Objective,
+    /// Within what.
+    pub caps: Caps,
+    /// How many plans, at most one for each set of sites.
+    pub count: usize,
+}
+
+impl Default for Wish {
+    fn default() -> Self {
+        Self { objective: Objective::Time, caps: Caps::default(), count: 3 }
+    }
+}
+
 /// What keeps a plan from being faster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Binding {
@@ -67,10 +192,25 @@ pub enum Binding {
     Memory,
     /// The links between sites.
     Link,
+    /// A site's power limit leaves devices off.
+    Power,
     /// The rate of matrix products.
     Compute,
     /// Communication inside the sites.
     InnerCommunication,
+}
+
+impl Binding {
+    /// One word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Link => "link",
+            Self::Power => "power",
+            Self::Compute => "compute",
+            Self::InnerCommunication => "communication inside the sites",
+        }
+    }
 }
 
 /// One site's part.
@@ -78,16 +218,55 @@ pub enum Binding {
 pub struct SitePlan {
     /// Its name.
     pub name: String,
-    /// Its layout.
-    pub layout: crate::model::layout::Layout,
+    /// Its layout; the batch is its share.
+    pub layout: Layout,
+    /// Devices that the layout takes, by kind.
+    pub devices: Vec<(String, f64)>,
+    /// Layers of each stage where they are not even.
+    pub stage_layers: Option<Vec<f64>>,
     /// What a step of its share takes.
     pub prediction: Prediction,
+    /// Memory of the least of its devices.
+    pub memory_of_device: Bytes,
     /// Share of the tokens.
     pub share: f64,
-    /// Tokens a second.
+    /// Tokens a second in an inner step.
     pub tokens_per_second: f64,
-    /// How much faster it would be if memory were unbounded.
-    pub memory_gain: f64,
+    /// Energy, money, carbon of its part.
+    pub account: Account,
+}
+
+/// A link in use.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LinkUse {
+    /// Its ends.
+    pub between: (String, String),
+    /// Its rate.
+    pub rate: BitsPerSecond,
+    /// What crosses it each way, mean over a round.
+    pub mean: BitsPerSecond,
+    /// That over what its streams carry.
+    pub share: f64,
+}
+
+/// A site that takes no part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub why: String,
+}
+
+/// What would be otherwise.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Alternative {
+    /// What is done otherwise.
+    pub what: String,
+    /// Its way between the sites.
+    pub way: Way,
+    /// The objective's figure over the plan's; above 1 it is worse.
+    pub ratio: f64,
 }
 
 /// A plan with its reasons.
@@ -95,22 +274,50 @@ pub struct SitePlan {
 pub struct Plan {
     /// Sites that take part.
     pub sites: Vec<SitePlan>,
-    /// Sites that are better left out.
-    pub left_out: Vec<String>,
+    /// Sites that do not.
+    pub left_out: Vec<LeftOut>,
     /// What travels between them.
     pub way: Way,
+    /// Time of an inner step.
+    pub step: Seconds,
     /// The round between them.
     pub round: RoundTime,
+    /// Use of the links.
+    pub links: Vec<LinkUse>,
     /// Tokens a second of all sites, stalls deducted.
     pub tokens_per_second: f64,
     /// Tokens to the loss of data parallelism over its tokens.
     pub tokens_factor: f64,
-    /// Time to that loss.
+    /// Whether the law of that loss is used beyond its data.
+    pub extrapolated: bool,
+    /// Time for the tokens that were asked for.
+    pub time_for_tokens: Seconds,
+    /// Time to the loss that data parallelism has after them.
     pub time_to_loss: Seconds,
+    /// Energy, money, carbon until then.
+    pub account: Account,
     /// What binds.
     pub binding: Binding,
     /// Why so, one sentence each.
     pub reasons: Vec<String>,
+    /// Why not otherwise, worst last.
+    pub alternatives: Vec<Alternative>,
+}
+
+impl Plan {
+    /// The figure of an objective in its unit; `None` where it is unknown.
+    pub fn figure(&self, objective: Objective) -> Option<f64> {
+        figure(objective, self.time_to_loss, &self.account)
+    }
+}
+
+fn figure(objective: Objective, time: Seconds, account: &Account) -> Option<f64> {
+    match objective {
+        Objective::Time => Some(time.hours()),
+        Objective::Cost => account.cost,
+        Objective::Energy => account.energy.map(crate::units::Joules::kilowatt_hours),
+        Objective::Carbon => account.carbon.map(crate::units::Grams::tonnes),
+    }
 }
 
 /// Why there is no plan.
@@ -125,7 +332,8 @@ pub enum PlanError {
     },
     /// No layout of any site holds the model.
     #[error(
-        "{site} cannot hold the model: the leanest layout needs {needed_gib:.1} GiB of a device that has {usable_gib:.1} usable"
+        "{site} cannot hold the model: the leanest layout needs {needed_gib:.1} GiB of a device that has {usable_gib:.1} usable, {:.1} too few",
+        needed_gib - usable_gib
     )]
     DoesNotFit {
         /// The site that comes nearest.
@@ -134,8 +342,54 @@ pub enum PlanError {
         needed_gib: f64,
         /// What a device has for it.
         usable_gib: f64,
-        /// The least multiple of its devices that would do, where more devices help.
-        devices_factor: Option<f64>,
+        /// Its devices.
+        devices: u32,
+        /// How many would do, where more help.
+        devices_needed: Option<u32>,
+        /// Whether its power limit keeps devices off.
+        power_limited: bool,
+    },
+    /// Two sites that nothing joins.
+    #[error("no link joins {one} and {other}")]
+    NoLink {
+        /// One.
+        one: String,
+        /// The other.
+        other: String,
+    },
+    /// A figure that the objective or a cap needs.
+    #[error("{what} of {site} is unknown, and nothing is guessed")]
+    UnknownTariff {
+        /// The site.
+        site: String,
+        /// Power, price or carbon.
+        what: &'static str,
+        /// The key that gives it.
+        key: &'static str,
+    },
+    /// One cap that no plan meets.
+    #[error("no plan takes at most {cap} {unit}: the least is {least:.4} {unit}")]
+    OutOfReach {
+        /// The cap.
+        cap: f64,
+        /// The least there is.
+        least: f64,
+        /// Unit of both.
+        unit: &'static str,
+        /// The option that set it.
+        option: &'static str,
+    },
+    /// Caps that can each be met, but not together.
+    #[error("the caps contradict each other: {}", .conflicts.join("; "))]
+    Contradictory {
+        /// For each cap, the least of it that the others allow.
+        conflicts: Vec<String>,
+    },
+    /// The batch is too small for every site.
+    #[error("no layout of any set of sites takes a batch of {sequences} sequences")]
+    Batch {
+        /// The batch.
+        sequences: u32,
     },
     /// The model refuses.
     #[error(transparent)]
@@ -144,130 +398,49 @@ pub enum PlanError {
 
 impl Hint for PlanError {
     fn hint(&self) -> Option<String> {
-        match self {
-            Self::Sites { .. } => Some("describe one [[site]] for each data centre".to_owned()),
-            Self::DoesNotFit { devices_factor: Some(factor), site, .. } => {
-                Some(format!("give {site} {factor} times its devices, or shorten the sequence"))
+        Some(match self {
+            Self::Sites { .. } => "describe one [[site]] for each data centre".to_owned(),
+            Self::DoesNotFit { power_limited: true, site, .. } => format!("raise power_limit_kw of {site}"),
+            Self::DoesNotFit { devices_needed: Some(needed), site, devices, .. } => {
+                format!(
+                    "give {site} {needed} devices (it has {devices}), or devices with more memory, or shorten the sequence"
+                )
             }
-            Self::DoesNotFit { .. } => Some("shorten the sequence or take devices with more memory".to_owned()),
-            Self::Model(error) => error.hint(),
-        }
+            Self::DoesNotFit { .. } => "shorten the sequence or take devices with more memory".to_owned(),
+            Self::NoLink { one, other } => {
+                format!("add [[link]] with between = [\"{one}\", \"{other}\"], or [link_default] for all pairs")
+            }
+            Self::UnknownTariff { site, key, .. } => format!("give the site {site} {key}"),
+            Self::OutOfReach { option, least, .. } => format!("raise {option} to {least:.4} at least, or drop it"),
+            Self::Contradictory { .. } => "raise one of them".to_owned(),
+            Self::Batch { .. } => "take a larger --batch".to_owned(),
+            Self::Model(error) => return error.hint(),
+        })
     }
 }
 
-/// The best plans, fastest to the same loss first, at most `count`: one for each set of sites.
-pub fn plans(task: &Task, sites: &[SiteSpec<'_>], count: usize) -> Result<Vec<Plan>, PlanError> {
+/// The best plans, best first: one for each set of sites, at most as many as are wished.
+///
+/// # Errors
+/// No site holds the model, sites are not joined, a figure is unknown that the objective or a cap needs, or no plan meets the caps.
+pub fn plans(task: &Task, sites: &[SiteSpec<'_>], links: &Links, wish: &Wish) -> Result<Vec<Plan>, PlanError> {
     if !(1..=SITES_MAX).contains(&sites.len()) {
         return Err(PlanError::Sites { found: sites.len() });
     }
-    let mut able = Vec::new();
-    let mut refusals = Vec::new();
-    for site in sites {
-        match best_layout(task, site, weight(site) / sites.iter().map(weight).sum::<f64>()) {
-            Ok(best) => able.push((site, best)),
-            Err(error) => refusals.push(error),
+    joined(sites, links)?;
+    let able = teams::able(task, sites)?;
+    choice::known(wish, &able)?;
+    let candidates = teams::candidates(task, &able, links);
+    choice::choose(task, &able, links, wish, &candidates)
+}
+
+fn joined(sites: &[SiteSpec<'_>], links: &Links) -> Result<(), PlanError> {
+    for (place, site) in sites.iter().enumerate() {
+        if let Some(other) = (place + 1..sites.len()).find(|other| links.between(place, *other).is_none()) {
+            return Err(PlanError::NoLink { one: site.name.clone(), other: sites[other].name.clone() });
         }
     }
-    if able.is_empty() {
-        return Err(refusals.into_iter().next().unwrap_or(PlanError::Sites { found: 0 }));
-    }
-    // Fastest first: every prefix is a candidate set.
-    able.sort_by(|left, right| right.1.tokens_per_second.total_cmp(&left.1.tokens_per_second));
-    let mut plans: Vec<Plan> = (1..=able.len()).map(|taken| together(task, sites, &able[..taken])).collect();
-    plans.sort_by(|left, right| left.time_to_loss.0.total_cmp(&right.time_to_loss.0));
-    plans.truncate(count);
-    Ok(plans)
-}
-
-/// First guess of a site's share: its peak rate, whatever the precision that is known.
-fn weight(site: &SiteSpec<'_>) -> f64 {
-    site.device.peak(site.precision).map_or(1.0, |rate| rate.tera()) * f64::from(site.devices)
-}
-
-fn together(task: &Task, all: &[SiteSpec<'_>], taken: &[(&SiteSpec<'_>, SitePlan)]) -> Plan {
-    let speed: f64 = taken.iter().map(|(_, plan)| plan.tokens_per_second).sum();
-    let step = Seconds(f64::from(task.global_batch) * task.shape.seq / speed);
-    let link = narrowest(taken.iter().map(|(site, _)| site.link));
-    let (way, round, tokens_factor) = best_way(task, taken.len(), step, link);
-    let sites: Vec<SitePlan> =
-        taken.iter().map(|(_, plan)| SitePlan { share: plan.tokens_per_second / speed, ..plan.clone() }).collect();
-    let tokens_per_second = speed * round.utilisation;
-    let left_out: Vec<String> = all
-        .iter()
-        .filter(|site| !taken.iter().any(|(other, _)| core::ptr::eq(*other, *site)))
-        .map(|site| site.name.clone())
-        .collect();
-    let binding = binding(&sites, &round);
-    let reasons = reasons(&sites, &round, &way, binding, &left_out);
-    Plan {
-        sites,
-        left_out,
-        way,
-        round,
-        tokens_per_second,
-        tokens_factor,
-        time_to_loss: Seconds(task.tokens * tokens_factor / tokens_per_second),
-        binding,
-        reasons,
-    }
-}
-
-/// The link that bounds an exchange in which all take part: the least of everything.
-fn narrowest(links: impl Iterator<Item = Link>) -> Link {
-    links
-        .reduce(|worst, link| Link {
-            up: worst.up.min(link.up),
-            down: worst.down.min(link.down),
-            round_trip: worst.round_trip.max(link.round_trip),
-            loss: worst.loss.max(link.loss),
-            streams: worst.streams.min(link.streams),
-            loss_based: worst.loss_based || link.loss_based,
-        })
-        .unwrap_or_else(|| unreachable!("a plan has a site"))
-}
-
-fn binding(sites: &[SitePlan], round: &RoundTime) -> Binding {
-    if round.utilisation < LINK_BINDS {
-        return Binding::Link;
-    }
-    let weighted = |value: fn(&SitePlan) -> f64| sites.iter().map(|site| site.share * value(site)).sum::<f64>();
-    if weighted(|site| site.memory_gain) > MEMORY_BINDS {
-        return Binding::Memory;
-    }
-    if weighted(|site| site.prediction.communication_share) > 0.3 {
-        Binding::InnerCommunication
-    } else {
-        Binding::Compute
-    }
-}
-
-fn reasons(sites: &[SitePlan], round: &RoundTime, way: &Way, binding: Binding, left_out: &[String]) -> Vec<String> {
-    let mut reasons = vec![format!(
-        "{} with {} inner steps a round, {} fragments and {} bits: {:.1} % of a round is computation, {:.1} s of {:.1} s transfers stall",
-        way.strategy.name(),
-        way.inner_steps,
-        way.fragments,
-        way.bits,
-        100.0 * round.utilisation,
-        round.stall.0,
-        round.transfer.0
-    )];
-    reasons.push(match binding {
-        Binding::Link => "the links between sites bind".to_owned(),
-        Binding::Memory => {
-            let most = sites.iter().max_by(|left, right| left.memory_gain.total_cmp(&right.memory_gain));
-            let (name, gain) = most.map_or(("no site", 1.0), |site| (site.name.as_str(), site.memory_gain));
-            format!("memory binds: without its bound {name} would be {gain:.2} times as fast")
-        }
-        Binding::InnerCommunication => "communication inside the sites binds".to_owned(),
-        Binding::Compute => "the rate of matrix products binds".to_owned(),
-    });
-    reasons.extend(
-        left_out
-            .iter()
-            .map(|name| format!("{name} is left out: it would add less than it costs, or cannot hold the model")),
-    );
-    reasons
+    Ok(())
 }
 
 #[cfg(test)]

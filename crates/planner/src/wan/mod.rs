@@ -26,7 +26,7 @@ const SEGMENT: Bytes = Bytes(1_448.0);
 const MATHIS: f64 = 1.22;
 
 /// Share of a link's bits that are content: headers of Ethernet, IP, TCP and TLS on full segments.
-const CONTENT: f64 = 0.94;
+pub(crate) const CONTENT: f64 = 0.94;
 
 /// A site's way to the others.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -68,7 +68,7 @@ impl Link {
 pub enum Exchange {
     /// Every site fetches every other's delta: (n-1) S each way.
     Mesh,
-    /// Reduce-scatter and all-gather: 2 (n-1)/n S each way.
+    /// Reduce-scatter and all-gather, as a ring or with every site merging a slice (our sharded rounds): 2 (n-1)/n S each way.
     Ring,
     /// Each site puts its delta on storage that all reach, and the fetches are as fast as they come: S up.
     UploadBound,
@@ -141,9 +141,13 @@ impl RoundTime {
 
 /// Time of a round.
 pub fn round_time(case: &RoundCase) -> RoundTime {
+    round_time_at(case, case.link.throughput(case.link.up), case.link.throughput(case.link.down))
+}
+
+/// Time of a round whose busiest site sends and receives at these rates, whatever its link is made of.
+pub fn round_time_at(case: &RoundCase, up: BytesPerSecond, down: BytesPerSecond) -> RoundTime {
     let delta = Bytes(case.parameters * case.bits_per_parameter / 8.0);
     let (sent, received) = case.exchange.bytes(delta, case.sites);
-    let (up, down) = (case.link.throughput(case.link.up), case.link.throughput(case.link.down));
     let moved = (sent / up).max(received / down);
     let coding = Bytes(4.0 * case.parameters) / case.coding;
     let each = (moved + coding) / case.fragments + case.link.round_trip;

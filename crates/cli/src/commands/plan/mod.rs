@@ -1,0 +1,190 @@
+//! `beringia plan`: what a run over several sites will do, before anybody reserves a machine.
+//!
+//! Reads a cluster's TOML, asks `planner::search`, and prints the best few plans with their reasons. What is computed lies in `planner`.
+
+mod object;
+mod table;
+
+use crate::commands::predict::catalogue;
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::texts;
+use planner::Catalogue;
+use planner::cluster::Cluster;
+use planner::model::shape::Transformer;
+use planner::search::{Caps, Objective, Plan, Task, Wish, plans};
+use planner::what_if::Change;
+use planner::{models, picture, units};
+use std::path::PathBuf;
+
+/// Longest cluster file, bytes.
+const CLUSTER_BYTES_MAX: u64 = 1 << 20;
+
+/// Tokens of a batch where none is given: what Llama 3 began with (arXiv 2407.21783, section 3.4).
+const BATCH_TOKENS: f64 = 4_194_304.0;
+
+/// Tokens for each active parameter where none are given (arXiv 2203.15556).
+const TOKENS_PER_PARAMETER: f64 = 20.0;
+
+/// Longest sequence and largest batch that can be meant.
+const SEQUENCE_MAX: u32 = 1 << 24;
+const BATCH_MAX: u32 = 1 << 24;
+
+/// Plan a run before any machine is reserved: strategy, shares, layouts, hours, energy, cost
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The sites and the links between them: a TOML that docs/plan.md describes.
+    #[arg(long, value_name = "FILE")]
+    cluster: PathBuf,
+    /// A known model (llama-3-70b, deepseek-v3-671b, ...) or a number of parameters (70B).
+    #[arg(long, value_name = "MODEL")]
+    model: String,
+    /// Tokens to train on, as 1.4T; 20 for each active parameter unless given.
+    #[arg(long, value_name = "N")]
+    tokens: Option<String>,
+    /// Sequences of an inner step of all sites together; 4,194,304 tokens unless given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(BATCH_MAX)))]
+    batch: Option<u32>,
+    /// Tokens of a sequence.
+    #[arg(long, value_name = "N", default_value_t = 4_096, value_parser = clap::value_parser!(u32).range(1..=i64::from(SEQUENCE_MAX)))]
+    sequence: u32,
+    /// What is to be least.
+    #[arg(long, value_enum, default_value_t = Least::Time)]
+    objective: Least,
+    /// At most so many hours.
+    #[arg(long, value_name = "HOURS")]
+    max_hours: Option<f64>,
+    /// At most so much money, in what the cluster's prices are in.
+    #[arg(long, value_name = "MONEY")]
+    max_cost: Option<f64>,
+    /// At most so much energy.
+    #[arg(long, value_name = "KWH")]
+    max_kwh: Option<f64>,
+    /// At most so much carbon.
+    #[arg(long, value_name = "TONNES")]
+    max_carbon: Option<f64>,
+    /// One thing otherwise: site=NAME (one more like it), link=A,B+GBIT (so many Gbit/s more), device=NAME:DEVICE. May be repeated.
+    #[arg(long, value_name = "CHANGE")]
+    what_if: Vec<String>,
+    /// Devices of your own: [[device]] tables that add to the catalogue, or override single figures of it.
+    #[arg(long, value_name = "FILE")]
+    devices: Option<PathBuf>,
+    /// Most plans that are shown, one for each set of sites.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=100))]
+    plans: u8,
+    /// Draw the best plan's round, and where its time and energy go.
+    #[arg(long, value_name = "FILE.svg")]
+    picture: Option<PathBuf>,
+}
+
+/// What is to be least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Least {
+    /// Time to the loss that data parallelism has after the tokens
+    Time,
+    /// Money
+    Cost,
+    /// Energy
+    Energy,
+    /// CO2
+    Carbon,
+}
+
+impl Least {
+    fn objective(self) -> Objective {
+        match self {
+            Self::Time => Objective::Time,
+            Self::Cost => Objective::Cost,
+            Self::Energy => Objective::Energy,
+            Self::Carbon => Objective::Carbon,
+        }
+    }
+}
+
+/// The plans of a cluster, and of each change of it.
+struct Planned {
+    model: String,
+    task: Task,
+    wish: Wish,
+    plans: Vec<Plan>,
+    changes: Vec<(Change, Result<Plan, Failure>)>,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
+    let catalogue = catalogue(args.devices.as_deref())?;
+    let place = args.cluster.display().to_string();
+    let text = texts::read(&args.cluster, CLUSTER_BYTES_MAX)?;
+    let cluster = Cluster::parse(&text).map_err(|error| Failure::from(error).about(&place))?;
+    let task = task(&args)?;
+    let wish = wish(&args)?;
+    let found = planned(&catalogue, &cluster, &task, &wish)?;
+    let changes: Result<Vec<_>, Failure> = args.what_if.iter().map(|text| Ok((Change::parse(text)?, text))).collect();
+    let changes = changes?.into_iter().map(|(change, _)| {
+        let best = changed(&catalogue, &cluster, &change, &task, &wish);
+        (change, best)
+    });
+    let planned = Planned { model: args.model.clone(), task, wish, plans: found, changes: changes.collect() };
+    output.object(&object::of(&planned));
+    output.text(&table::of(&planned));
+    if let (Some(path), Some(best)) = (&args.picture, planned.plans.first()) {
+        std::fs::write(path, picture::svg(best)).map_err(|error| {
+            let path = path.display();
+            Failure::new(format!("{path} cannot be written: {error}"), format!("see that the folder of {path} exists"))
+        })?;
+    }
+    Ok(())
+}
+
+fn planned(catalogue: &Catalogue, cluster: &Cluster, task: &Task, wish: &Wish) -> Result<Vec<Plan>, Failure> {
+    let (sites, links) = (cluster.specs(catalogue)?, cluster.network()?);
+    Ok(plans(task, &sites, &links, wish)?)
+}
+
+fn changed(
+    catalogue: &Catalogue,
+    cluster: &Cluster,
+    change: &Change,
+    task: &Task,
+    wish: &Wish,
+) -> Result<Plan, Failure> {
+    let plans = planned(catalogue, &change.apply(cluster)?, task, &Wish { count: 1, ..*wish })?;
+    plans.into_iter().next().ok_or_else(|| Failure::new("there is no plan", "ask without --what-if first"))
+}
+
+fn task(args: &Args) -> Result<Task, Failure> {
+    let shape = Transformer { seq: f64::from(args.sequence), ..models::parse(&args.model)? };
+    let tokens = match &args.tokens {
+        None => TOKENS_PER_PARAMETER * shape.active_parameters(),
+        Some(text) => units::parse_count(text).filter(|tokens| (1e6..=1e18).contains(tokens)).ok_or_else(|| {
+            Failure::new(format!("--tokens {text} is no number from 1e6 to 1e18"), "write 1.4T for 1.4e12")
+        })?,
+    };
+    let batch = args.batch.unwrap_or((BATCH_TOKENS / shape.seq).round().max(1.0) as u32);
+    Ok(Task { shape, global_batch: batch, tokens })
+}
+
+fn wish(args: &Args) -> Result<Wish, Failure> {
+    let caps = [
+        ("--max-hours", args.max_hours),
+        ("--max-cost", args.max_cost),
+        ("--max-kwh", args.max_kwh),
+        ("--max-carbon", args.max_carbon),
+    ];
+    for (option, cap) in caps {
+        if cap.is_some_and(|cap| !(cap.is_finite() && cap > 0.0)) {
+            let message = format!("{option} {} is no positive number", cap.unwrap_or(f64::NAN));
+            return Err(Failure::new(message, format!("give {option} a positive number, or leave it out")));
+        }
+    }
+    Ok(Wish {
+        objective: args.objective.objective(),
+        caps: Caps {
+            hours: args.max_hours,
+            cost: args.max_cost,
+            kilowatt_hours: args.max_kwh,
+            carbon_tonnes: args.max_carbon,
+        },
+        count: usize::from(args.plans),
+    })
+}
