@@ -32,8 +32,8 @@ pub(crate) enum CoordinatorEvent {
     Tick,
     Arrives(ConnectionId, Packet),
     Broken(ConnectionId),
-    /// A site's process greets over a new connection.
-    Greets(usize, u64),
+    /// A site's process greets over the connection of its that many-th try.
+    Greets(usize, u64, u64),
     /// Somebody asks it to finish.
     Stop,
 }
@@ -204,7 +204,7 @@ impl CoordinatorNode {
             CoordinatorEvent::Tick => self.tick(around),
             CoordinatorEvent::Arrives(id, packet) => self.arrives(id, packet, around),
             CoordinatorEvent::Broken(id) => self.lost(id, around),
-            CoordinatorEvent::Greets(site, process) => self.greeted(site, process, around),
+            CoordinatorEvent::Greets(site, process, _) => self.greeted(site, process, around),
             CoordinatorEvent::Stop => {
                 let now = self.time(around);
                 self.desk.stop(now, &mut Out { around, ways: &mut self.ways_out })

@@ -12,6 +12,10 @@ pub struct Options {
     pub minutes: Option<f64>,
     /// Whether there are faults at all.
     pub faults: bool,
+    /// Whether sites call a coordinator that is away; else they end, and are started again.
+    pub sites_call: Option<bool>,
+    /// Whether rounds are sharded; else they are a mesh.
+    pub sharded: Option<bool>,
     /// A bug to put in, which a checker must find.
     pub sabotage: Option<Sabotage>,
     /// Lines of the trace that a violation comes with.
@@ -20,7 +24,8 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { sites: None, minutes: None, faults: true, sabotage: None, trace_lines_max: 60 }
+        let (sites, minutes, sites_call, sharded, sabotage) = (None, None, None, None, None);
+        Self { sites, minutes, faults: true, sites_call, sharded, sabotage, trace_lines_max: 60 }
     }
 }
 

@@ -23,8 +23,8 @@ pub(crate) enum Happening {
     Coordinator(u64, CoordinatorEvent),
     /// To a site, in its that many-th process.
     Site(usize, u64, SiteEvent),
-    /// A site's process dials the coordinator.
-    Dials(usize, u64),
+    /// A site's process dials the coordinator, for the that many-th time.
+    Dials(usize, u64, u64),
     /// A site's process asks another site.
     Asked { holder: usize, asker: (usize, u64), tried: Try, key: Key },
     /// A supervisor starts the coordinator, if it does not run.

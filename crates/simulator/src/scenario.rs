@@ -11,6 +11,9 @@ use std::sync::Arc;
 /// Stream of random numbers for this.
 const STREAM: u64 = 1;
 
+/// Stream of random numbers for what came later: what the first stream gives a seed does not depend on it.
+const LATER_STREAM: u64 = 5;
+
 /// Inner steps of a round.
 const STEPS_PER_ROUND: u64 = 4;
 
@@ -51,6 +54,8 @@ pub(crate) struct Scenario {
     pub(crate) fault_seconds: f64,
     /// Mean time from one fault to the next.
     pub(crate) fault_every_seconds: f64,
+    /// Sites call a coordinator that is away, as they do unless `--coordinator-wait 0` is set; else they end, and are started again.
+    pub(crate) sites_call: bool,
 }
 
 impl Scenario {
@@ -81,6 +86,11 @@ impl Scenario {
             }
         };
         sync.inner_steps = STEPS_PER_ROUND * u64::from(sync.fragments);
+        let mut later = Random::new(seed, LATER_STREAM);
+        let (sites_call, is_sharded) = (later.next_below(4) != 0, later.next_below(3) == 0);
+        if options.sharded.unwrap_or(is_sharded) {
+            sync.exchange = Exchange::Sharded;
+        }
         let fault_seconds = options.minutes.map_or(60.0 + 180.0 * random.next_unit(), |minutes| minutes * 60.0);
         let speeds: Vec<f64> = (0..sites).map(|_| 40.0 * libm::exp2(3.0 * random.next_unit())).collect();
         let mut scenario = Self {
@@ -89,6 +99,7 @@ impl Scenario {
             bytes_per_second: 5e3 * libm::exp2(8.0 * random.next_unit()),
             fault_seconds,
             fault_every_seconds: 4.0 + 20.0 * random.next_unit(),
+            sites_call: options.sites_call.unwrap_or(sites_call),
             config: Arc::new(config),
         };
         // Some end amid faults, most go on until they are told to stop.

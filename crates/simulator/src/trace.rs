@@ -94,7 +94,7 @@ pub(crate) enum Observation {
 pub(crate) struct Load {
     /// Jobs of engine and host.
     pub(crate) jobs: usize,
-    /// Deltas held or served.
+    /// Deltas, slices and merged parts held or served.
     pub(crate) deltas: usize,
     /// Fetches under way.
     pub(crate) fetches: usize,

@@ -283,7 +283,7 @@ impl World {
         match happening {
             Happening::Coordinator(process, event) => self.at_coordinator(process, event),
             Happening::Site(site, process, event) => self.at_site(site, process, event),
-            Happening::Dials(site, process) => self.dials(site, process),
+            Happening::Dials(site, process, number) => self.dials(site, process, number),
             Happening::Asked { holder, asker, tried, key } => self.asked(holder, asker, tried, &key),
             Happening::StartCoordinator => self.start_coordinator(),
             Happening::StartSite(site) => self.start_site(site),
@@ -317,8 +317,9 @@ impl World {
                 self.around.queue.push(next, Happening::Coordinator(process, CoordinatorEvent::Tick));
             }
             CoordinatorEvent::Arrives(id, _) if !self.around.net.delivers(*id) => return,
-            CoordinatorEvent::Greets(site, site_process)
-                if self.sites[*site].process.as_ref().is_none_or(|running| running.process != *site_process) =>
+            // Who has given up has closed its end.
+            CoordinatorEvent::Greets(site, site_process, number)
+                if self.sites[*site].process.as_ref().is_none_or(|running| !running.dials(*site_process, *number)) =>
             {
                 return;
             }
@@ -455,15 +456,15 @@ impl World {
     }
 
     /// A site's process dials the address of the coordinator.
-    fn dials(&mut self, site: usize, process: u64) {
+    fn dials(&mut self, site: usize, process: u64, number: u64) {
         let Some(serving) = self.usurper.or(self.leader) else {
             // Refused at once.
-            let refused = Happening::Site(site, process, SiteEvent::NotWelcome);
+            let refused = Happening::Site(site, process, SiteEvent::NotWelcome(number));
             return self.around.queue.push(self.around.now + self.around.scenario.latency_seconds, refused);
         };
         let net = &self.around.net;
         if net.is_open(site + 1, COORDINATOR) && net.is_open(COORDINATOR, site + 1) {
-            let greets = CoordinatorEvent::Greets(site, process);
+            let greets = CoordinatorEvent::Greets(site, process, number);
             self.around.queue.push(self.around.now, Happening::Coordinator(serving, greets));
         }
     }

@@ -324,10 +324,12 @@ impl Coordinator {
         }
     }
 
-    /// Whether a site answers a plan for that round which was withdrawn: it had not heard of the present one yet.
-    fn is_outdated(&self, site: SiteId, round: Round, attempt: u32) -> bool {
+    /// Whether a site answers a plan for that round which was withdrawn: it had not heard of the present one yet, or has no part in the run
+    /// until it says what it holds.
+    fn is_outdated(&self, id: SiteId, round: Round, attempt: u32) -> bool {
+        let Some(site) = self.sites.get(&id).filter(|site| site.since.is_some()) else { return true };
         let open = self.open.iter().find(|open| open.plan.round == round).map(|open| open.plan.attempt);
-        let owed = self.sites.get(&site).and_then(|site| site.owed.get(&round)).map(|owed| owed.attempt);
+        let owed = site.owed.get(&round).map(|owed| owed.attempt);
         open.or(owed).is_some_and(|present| present != attempt)
     }
 

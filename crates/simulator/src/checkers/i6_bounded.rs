@@ -9,8 +9,15 @@ use rounds::Settings;
 use rounds::plan::FragmentPlan;
 use rounds::schedule::lookahead;
 
-/// Jobs for each open round: train before and after the merge, snapshot, encode, merge, apply, and one to spare.
+/// Jobs for each open round: train before and after the merge, snapshot, encode, reduce, merge, apply, and one to spare.
 const JOBS_PER_ROUND: usize = 8;
+
+/// What of each site is held for a round: its delta, a slice of it, the part that it merged; each here for the merge and on the shelf for
+/// others.
+const HELD_PER_ROUND: usize = 6;
+
+/// The same on its way.
+const FETCHES_PER_ROUND: usize = 3;
 
 pub(super) struct Bounded {
     bound: Load,
@@ -28,7 +35,8 @@ impl Bounded {
         let open = lookahead(settings.steps_per_round, sync.overlap_steps) as usize + 1;
         // A site that lags has its commits behind it: as many as are kept, or it is dropped.
         let rounds = kept + open + 1;
-        Self { bound: Load { jobs: JOBS_PER_ROUND * rounds, deltas: 3 * rounds * sites, fetches: rounds * sites + 1 } }
+        let (deltas, fetches) = (HELD_PER_ROUND * rounds * sites, FETCHES_PER_ROUND * rounds * sites + 1);
+        Self { bound: Load { jobs: JOBS_PER_ROUND * rounds, deltas, fetches } }
     }
 }
 

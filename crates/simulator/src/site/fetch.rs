@@ -10,9 +10,11 @@ use crate::queue::Happening;
 use crate::scenario::Scenario;
 use crate::trace::Observation;
 use base::{ContentHash, Round, SiteId};
-use rounds::{Commit, Contributor, FragmentPlan, MemberEvent};
+use rounds::{Commit, Contributor, FragmentPlan, MemberEvent, MergedPart};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
+use wire::BlobKey;
 
 /// As `site::transit` has it: the pause before what could not be fetched is tried again.
 const AGAIN_SECONDS: f64 = 1.0;
@@ -23,8 +25,59 @@ const ANSWER_SECONDS: f64 = 10.0;
 /// What is fetched.
 #[derive(Debug, Clone)]
 pub(crate) enum Key {
-    Delta { round: Round, fragment: FragmentPlan, contributor: Contributor },
-    State { commit: Commit, state_hash: ContentHash },
+    Delta {
+        round: Round,
+        fragment: FragmentPlan,
+        contributor: Contributor,
+    },
+    /// What `reducer` merges of a delta.
+    Slice {
+        round: Round,
+        fragment: FragmentPlan,
+        values: Range<u64>,
+        from: SiteId,
+        reducer: SiteId,
+        hash: ContentHash,
+    },
+    Part {
+        round: Round,
+        fragment: FragmentPlan,
+        part: MergedPart,
+    },
+    State {
+        commit: Commit,
+        state_hash: ContentHash,
+    },
+}
+
+impl Key {
+    /// What holders call it.
+    pub(crate) fn blob(&self) -> BlobKey {
+        match self {
+            Self::Delta { round, fragment, contributor } => delta_key(*round, *fragment, contributor.site),
+            Self::Slice { round, fragment, from, reducer, .. } => {
+                BlobKey::Slice { round: *round, fragment: fragment.index, site: *from, reducer: *reducer }
+            }
+            Self::Part { round, fragment, part } => part_key(*round, *fragment, part.part.site),
+            Self::State { commit, .. } => BlobKey::State { round: commit.round },
+        }
+    }
+
+    /// The round that it belongs to; none of a state.
+    fn round(&self) -> Option<Round> {
+        match self {
+            Self::Delta { round, .. } | Self::Slice { round, .. } | Self::Part { round, .. } => Some(*round),
+            Self::State { .. } => None,
+        }
+    }
+}
+
+pub(crate) fn delta_key(round: Round, fragment: FragmentPlan, site: SiteId) -> BlobKey {
+    BlobKey::Delta { round, fragment: fragment.index, site }
+}
+
+pub(crate) fn part_key(round: Round, fragment: FragmentPlan, reducer: SiteId) -> BlobKey {
+    BlobKey::Part { round, fragment: fragment.index, reducer }
 }
 
 /// Which try of which fetch.
@@ -56,21 +109,18 @@ impl Fetches {
         self.all.len()
     }
 
-    /// Deltas of rounds up to this one are not wanted any more.
-    pub(crate) fn forget_through(&mut self, last: Round) {
-        self.all.retain(|_, fetch| !matches!(fetch.key, Key::Delta { round, .. } if round <= last));
+    /// What belongs to these rounds is not wanted any more.
+    pub(crate) fn stop(&mut self, is_void: impl Fn(Round) -> bool) {
+        self.all.retain(|_, fetch| !fetch.key.round().is_some_and(&is_void));
     }
 }
 
 impl SiteProcess {
-    pub(super) fn fetch_delta(
-        &mut self,
-        round: Round,
-        fragment: FragmentPlan,
-        contributor: Contributor,
-        around: &mut Around,
-    ) {
-        self.fetch(Key::Delta { round, fragment, contributor }, Vec::new(), around);
+    /// Fetches something of a round. The same thing that is still on its way was for a plan that has been withdrawn.
+    pub(super) fn fetch_of_round(&mut self, key: Key, around: &mut Around) {
+        let blob = key.blob();
+        self.fetches.all.retain(|_, fetch| fetch.key.blob() != blob);
+        self.fetch(key, Vec::new(), around);
     }
 
     pub(super) fn fetch_state(
@@ -99,7 +149,10 @@ impl SiteProcess {
         let anybody = || self.peers.keys().copied().collect::<Vec<_>>();
         let mut holders = match &fetch.key {
             Key::Delta { contributor, .. } if fetch.attempts == 1 => vec![contributor.site],
-            Key::Delta { .. } => anybody(),
+            // Nobody but its maker has it.
+            Key::Slice { from, .. } => vec![*from],
+            Key::Part { part, .. } if fetch.attempts == 1 => vec![part.part.site],
+            Key::Delta { .. } | Key::Part { .. } => anybody(),
             Key::State { .. } => fetch.named.clone(),
         };
         holders.retain(|site| Some(*site) != own && self.peers.contains_key(site));
@@ -150,10 +203,20 @@ impl SiteProcess {
         }
         let Some(Fetch { key, .. }) = self.fetches.all.remove(&tried.id) else { return };
         match key {
-            Key::Delta { round, contributor, .. } => {
-                self.shelf.insert((round, contributor.site), Arc::clone(&bytes));
+            Key::Delta { round, fragment, contributor } => {
+                self.shelf.insert((round, delta_key(round, fragment, contributor.site)), Arc::clone(&bytes));
                 self.deltas.insert((round, contributor.site), bytes);
                 self.feed(MemberEvent::DeltaHeld { round, from: contributor.site }, disk, around);
+            }
+            Key::Slice { round, from, .. } => {
+                self.slices.insert((round, from), bytes);
+                self.feed(MemberEvent::SliceHeld { round, from }, disk, around);
+            }
+            Key::Part { round, fragment, part } => {
+                let from = part.part.site;
+                self.shelf.insert((round, part_key(round, fragment, from)), Arc::clone(&bytes));
+                self.parts.insert((round, from), bytes);
+                self.feed(MemberEvent::PartHeld { round, from }, disk, around);
             }
             Key::State { commit, .. } => self.host.queue.push_back(HostJob::Install { commit, bytes }),
         }
@@ -166,6 +229,15 @@ impl SiteProcess {
                 bytes.len() as u64 == contributor.delta_bytes
                     && ContentHash::of(bytes) == contributor.delta_hash
                     && codec.check(bytes).is_ok()
+            }
+            Key::Slice { fragment, values, hash, .. } => {
+                let codec = codec_of(&self.config, *fragment);
+                codec.slice(values).is_some_and(|place| place.len() == bytes.len())
+                    && ContentHash::of(bytes) == *hash
+                    && codec.check_slice(bytes, (values.end - values.start) as usize).is_ok()
+            }
+            Key::Part { part, .. } => {
+                bytes.len() as u64 == part.part.merged_bytes() && ContentHash::of(bytes) == part.hash
             }
             Key::State { state_hash, .. } => ContentHash::of(bytes) == *state_hash,
         }

@@ -9,6 +9,7 @@ use base::config::Strategy;
 use base::{ContentHash, Fragment, Round, RunConfig, SiteId};
 use rounds::{Commit, EncoderMemory, FragmentCodec, FragmentPlan, RoundPlan, token_weights};
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What a site has trained of a round.
@@ -21,9 +22,29 @@ pub(crate) struct Progress {
 /// Jobs are done in order.
 #[derive(Debug, Clone)]
 pub(crate) enum HostJob {
-    Encode { plan: RoundPlan, values: Vec<f32>, progress: Progress, generation: u64 },
-    Merge { commit: Commit, deltas: Vec<Arc<[u8]>> },
-    Install { commit: Commit, bytes: Arc<[u8]> },
+    Encode {
+        plan: RoundPlan,
+        values: Vec<f32>,
+        progress: Progress,
+        generation: u64,
+    },
+    /// `inputs` are the contributors' deltas, or the merged parts.
+    Merge {
+        commit: Commit,
+        inputs: Vec<Arc<[u8]>>,
+    },
+    /// Merge the slices of these contributors.
+    Reduce {
+        round: Round,
+        fragment: FragmentPlan,
+        values: Range<u64>,
+        slices: Vec<(u64, Arc<[u8]>)>,
+        generation: u64,
+    },
+    Install {
+        commit: Commit,
+        bytes: Arc<[u8]>,
+    },
     Withdraw,
 }
 
@@ -72,6 +93,12 @@ pub(crate) fn codec_of(config: &RunConfig, plan: FragmentPlan) -> FragmentCodec 
     FragmentCodec::new(plan, plan.rank_or(config.sync.rank), &config.schema(), &fragment_of(config, plan))
 }
 
+/// The values of merged parts, one after the other.
+fn joined(parts: &[Arc<[u8]>]) -> Vec<f32> {
+    let values = parts.iter().flat_map(|part| part.chunks_exact(size_of::<f32>()));
+    values.map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect()
+}
+
 fn gathered(fragment: &Fragment, all: &[f32]) -> Vec<f32> {
     let mut values = vec![0.0; fragment.elements()];
     fragment.gather(all, &mut values);
@@ -111,16 +138,35 @@ impl Host {
         encoded
     }
 
-    /// Merges the deltas of a commit in its order and takes the outer step. `None`: bytes that no encoder writes.
-    pub(crate) fn merge(&mut self, commit: &Commit, deltas: &[Arc<[u8]>], state: &mut GlobalState) -> Option<Merged> {
+    /// Merges the slices of a round's contributors, in their order. `None`: bytes that no encoder writes.
+    pub(crate) fn reduce(
+        &self,
+        fragment: FragmentPlan,
+        values: &Range<u64>,
+        slices: &[(u64, Arc<[u8]>)],
+    ) -> Option<Arc<[u8]>> {
+        let codec = codec_of(&self.config, fragment);
+        let mut merged = vec![0.0; (values.end - values.start) as usize];
+        for (weight, (_, slice)) in self.weights(slices.iter().map(|(tokens, _)| *tokens)).iter().zip(slices) {
+            codec.accumulate(slice, *weight, &mut merged).ok()?;
+        }
+        Some(merged.iter().flat_map(|value| value.to_le_bytes()).collect())
+    }
+
+    /// Merges the deltas of a commit in its order, or takes its merged parts, and takes the outer step. `None`: bytes that no encoder
+    /// writes, or parts that are not the whole.
+    pub(crate) fn merge(&mut self, commit: &Commit, inputs: &[Arc<[u8]>], state: &mut GlobalState) -> Option<Merged> {
         let fragment = fragment_of(&self.config, commit.fragment);
         let codec = codec_of(&self.config, commit.fragment);
         let own = self.settle_own(commit, &fragment, &codec)?;
         let counts_from_snapshot = own.is_some();
         let before = own.unwrap_or_else(|| gathered(&fragment, &state.parameters));
-        let mut merged = vec![0.0; fragment.elements()];
-        for (weight, delta) in self.weights(commit).iter().zip(deltas) {
-            codec.accumulate(delta, *weight, &mut merged).ok()?;
+        let mut merged = match commit.parts.is_empty() {
+            true => self.mean(commit, inputs, &codec, fragment.elements())?,
+            false => joined(inputs),
+        };
+        if merged.len() != fragment.elements() {
+            return None;
         }
         state.outer.step(commit.round.0.saturating_sub(1), &fragment, &mut state.parameters, &mut merged);
         state.commit = commit.clone();
@@ -135,11 +181,20 @@ impl Host {
         Some(Merged { round: commit.round, state_hash: state.hash(), fragment: commit.fragment, local })
     }
 
-    fn weights(&self, commit: &Commit) -> Vec<f32> {
-        if self.sabotage == Some(Sabotage::EqualWeights) {
-            return vec![1.0 / commit.contributors.len() as f32; commit.contributors.len()];
+    fn mean(&self, commit: &Commit, deltas: &[Arc<[u8]>], codec: &FragmentCodec, elements: usize) -> Option<Vec<f32>> {
+        let mut merged = vec![0.0; elements];
+        let weights = self.weights(commit.contributors.iter().map(|contributor| contributor.tokens));
+        for (weight, delta) in weights.iter().zip(deltas) {
+            codec.accumulate(delta, *weight, &mut merged).ok()?;
         }
-        token_weights(commit.contributors.iter().map(|contributor| contributor.tokens))
+        Some(merged)
+    }
+
+    fn weights(&self, tokens: impl ExactSizeIterator<Item = u64> + Clone) -> Vec<f32> {
+        if self.sabotage == Some(Sabotage::EqualWeights) {
+            return vec![1.0 / tokens.len() as f32; tokens.len()];
+        }
+        token_weights(tokens)
     }
 
     /// What the own local parameters are counted from, where that is not the global parameters before the merge. What was sent and

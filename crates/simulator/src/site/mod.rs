@@ -6,13 +6,16 @@
 mod engine;
 mod fetch;
 mod host;
+mod line;
+mod sharded;
 mod state;
 
+use fetch::delta_key;
 pub(crate) use fetch::{Key, Try, asker_fingerprint};
 pub(crate) use state::GlobalState;
 
 use crate::around::Around;
-use crate::network::{COORDINATOR, ConnectionId, Packet, Way};
+use crate::network::{ConnectionId, Packet, Way};
 use crate::options::Sabotage;
 use crate::queue::Happening;
 use crate::scenario::NO_TERM;
@@ -21,22 +24,18 @@ use base::{ContentHash, Round, RunConfig, SiteId, Term};
 use engine::{Engine, Job};
 use fetch::Fetches;
 use host::{Host, HostJob, Merged, Progress};
+use line::Line;
 use rounds::plan::LeaveReason;
 use rounds::{
-    Commit, Contribution, Directive, FragmentPlan, Member, MemberCommand, MemberEvent, Peer, Report, Settings,
+    Commit, Contribution, Contributor, FragmentPlan, Member, MemberCommand, MemberEvent, Peer, Report, Settings,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use wire::message::{FromCoordinator, FromSite};
+use wire::BlobKey;
+use wire::message::FromSite;
 
 /// As `site::agent` has it: a site says so often that it is there.
 const PULSE_SECONDS: f64 = 2.0;
-
-/// As there: after this long without a word the coordinator is gone.
-const COORDINATOR_SILENCE_SECONDS: f64 = 60.0;
-
-/// As `site::join` has it.
-const WELCOME_SECONDS: f64 = 30.0;
 
 /// Starting an engine and measuring its speed.
 const PREPARE_SECONDS: f64 = 1.0;
@@ -55,8 +54,10 @@ const TORN_SECONDS: f64 = 0.5;
 pub(crate) enum SiteEvent {
     Arrives(ConnectionId, Box<Packet>),
     Broken(ConnectionId),
-    /// Nobody answered in time.
-    NotWelcome,
+    /// Nobody answered that try in time.
+    NotWelcome(u64),
+    /// It is time to call again.
+    Calls,
     Pulse,
     EngineDone,
     HostDone,
@@ -145,9 +146,7 @@ pub(crate) struct SiteProcess {
     pub(crate) process: u64,
     config: Arc<RunConfig>,
     settings: Settings,
-    connection: Option<ConnectionId>,
-    is_coordinator_lost: bool,
-    heard: f64,
+    line: Line,
     site: Option<SiteId>,
     member: Option<Member>,
     /// As `site::agent` has it: the number of the last recall that came before there was a member.
@@ -160,9 +159,13 @@ pub(crate) struct SiteProcess {
     /// Changes when plans are withdrawn.
     generation: u64,
     peers: BTreeMap<SiteId, Peer>,
-    shelf: BTreeMap<(Round, SiteId), Arc<[u8]>>,
+    shelf: BTreeMap<(Round, BlobKey), Arc<[u8]>>,
     shelf_state: Option<(Round, Arc<[u8]>)>,
     deltas: BTreeMap<(Round, SiteId), Arc<[u8]>>,
+    /// For this site to merge, by maker.
+    slices: BTreeMap<(Round, SiteId), Arc<[u8]>>,
+    /// By who has merged them.
+    parts: BTreeMap<(Round, SiteId), Arc<[u8]>>,
     merged: BTreeMap<Round, Merged>,
     fetches: Fetches,
     ending: Option<Ending>,
@@ -176,18 +179,11 @@ impl SiteProcess {
         let state = disk.newest();
         let held = (state.commit.round, state.hash());
         around.observe(Observation::Loaded(machine, held.0));
-        // Both ways, and the listener's and the loop's wake-ups.
-        let dialled = around.now + 2.0 * around.net.delay(machine + 1, COORDINATOR);
-        around.queue.push(dialled, Happening::Dials(machine, process));
-        let late = around.now + WELCOME_SECONDS;
-        around.queue.push(late, Happening::Site(machine, process, SiteEvent::NotWelcome));
-        Self {
+        let mut started = Self {
             machine,
             process,
             settings: Settings::new(&config),
-            connection: None,
-            is_coordinator_lost: false,
-            heard: around.now,
+            line: Line::default(),
             site: None,
             member: None,
             recall: 0,
@@ -202,20 +198,24 @@ impl SiteProcess {
             shelf: BTreeMap::new(),
             shelf_state: None,
             deltas: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            parts: BTreeMap::new(),
             merged: BTreeMap::new(),
             fetches: Fetches::default(),
             ending: None,
             fate: SiteFate::Alive,
-        }
+        };
+        started.dial(around);
+        started
     }
 
     pub(crate) fn handle(&mut self, event: SiteEvent, disk: &mut SiteDisk, around: &mut Around) -> SiteFate {
         match event {
             SiteEvent::Arrives(id, packet) => self.arrives(id, *packet, disk, around),
-            SiteEvent::Broken(id) if self.connection == Some(id) => self.lose_coordinator(around),
+            SiteEvent::Broken(id) if self.line.is_over(id) => self.lose_coordinator(around),
             SiteEvent::Broken(_) => {}
-            SiteEvent::NotWelcome if self.site.is_none() => self.fate = SiteFate::Failed,
-            SiteEvent::NotWelcome => {}
+            SiteEvent::NotWelcome(number) => self.not_welcome(number, around),
+            SiteEvent::Calls => self.dial(around),
             SiteEvent::Pulse => self.pulse(around),
             SiteEvent::EngineDone => self.engine_done(disk, around),
             SiteEvent::HostDone => self.host_done(disk, around),
@@ -231,51 +231,19 @@ impl SiteProcess {
         around.queue.push(around.now + seconds, Happening::Site(self.machine, self.process, event));
     }
 
-    fn arrives(&mut self, id: ConnectionId, packet: Packet, disk: &mut SiteDisk, around: &mut Around) {
-        if *self.connection.get_or_insert(id) != id || self.is_coordinator_lost {
-            return;
-        }
-        self.heard = around.now;
-        match packet {
-            Packet::ToSite(FromCoordinator::Welcome(welcome)) => {
-                self.site = Some(welcome.site);
-                self.host = Host::new(welcome.site, Arc::clone(&self.config), around.sabotage);
-                self.engine.queue.push_back(Job::Prepare);
-                self.at(around, 0.0, SiteEvent::Pulse);
-            }
-            Packet::ToSite(FromCoordinator::Directive(directive)) => {
-                self.feed(MemberEvent::Directive(directive), disk, around);
-            }
-            Packet::ToSite(_) => {}
-            Packet::End | Packet::ToCoordinator(_) => self.lose_coordinator(around),
-        }
-    }
-
-    fn lose_coordinator(&mut self, around: &mut Around) {
-        if self.site.is_none() {
-            self.fate = SiteFate::Failed;
-        } else if !self.is_coordinator_lost {
-            self.is_coordinator_lost = true;
-            self.end(SiteFate::Failed, around);
-        }
-    }
-
     fn pulse(&mut self, around: &mut Around) {
-        if self.is_coordinator_lost {
-            return;
-        }
-        self.tell(FromSite::Pulse, around);
         let jobs = self.engine.queue.len() + self.host.queue.len();
-        let deltas = self.shelf.len() + self.deltas.len();
+        let deltas = self.shelf.len() + self.deltas.len() + self.slices.len() + self.parts.len();
         around.observe(Observation::Holds(self.machine, Load { jobs, deltas, fetches: self.fetches.len() }));
-        if around.now - self.heard > COORDINATOR_SILENCE_SECONDS {
-            return self.lose_coordinator(around);
+        self.tell(FromSite::Pulse, around);
+        if self.line.is_silent(around.now) {
+            self.lose_coordinator(around);
         }
         self.at(around, PULSE_SECONDS, SiteEvent::Pulse);
     }
 
     fn tell(&mut self, message: FromSite, around: &mut Around) {
-        let Some(connection) = self.connection.filter(|_| !self.is_coordinator_lost) else { return };
+        let Some(connection) = self.line.connection() else { return };
         let Around { net, queue, now, .. } = around;
         // A queue that is full is noticed by silence.
         net.send(connection, Way::Up, Packet::ToCoordinator(message), *now, queue);
@@ -299,10 +267,7 @@ impl SiteProcess {
     }
 
     fn close(&mut self, fate: SiteFate, around: &mut Around) {
-        if let Some(connection) = self.connection {
-            let Around { net, queue, now, .. } = around;
-            net.send(connection, Way::Up, Packet::End, *now, queue);
-        }
+        self.hang_up(around);
         self.fate = fate;
     }
 
@@ -314,15 +279,7 @@ impl SiteProcess {
 
     fn feed(&mut self, event: MemberEvent, disk: &mut SiteDisk, around: &mut Around) {
         let Some(member) = &mut self.member else {
-            match event {
-                MemberEvent::Directive(Directive::Peers(peers)) => self.set_peers(peers),
-                MemberEvent::Directive(Directive::Recall { number }) => self.recall = number,
-                MemberEvent::Directive(Directive::Finish { .. } | Directive::Dropped { .. }) => {
-                    self.end(SiteFate::Over, around);
-                }
-                _ => {}
-            }
-            return;
+            return self.heard_early(event, around);
         };
         let before = member.term();
         let handled = member.handle(event);
@@ -335,7 +292,7 @@ impl SiteProcess {
             Ok(commands) => commands.into_iter().for_each(|command| self.obey(command, around)),
             Err(error) => {
                 let is_replaced =
-                    self.connection.is_some_and(|id| around.replaced.contains(&around.net.coordinator_of(id)));
+                    self.line.connection().is_some_and(|id| around.replaced.contains(&around.net.coordinator_of(id)));
                 around.observe(Observation::Refuses { machine: self.machine, why: error.to_string(), is_replaced });
                 self.end(SiteFate::Failed, around);
             }
@@ -365,18 +322,27 @@ impl SiteProcess {
                 if let Some(merged) = self.merged.remove(&round) {
                     self.engine.queue.push_back(Job::Apply(merged));
                 }
+                // What was merged before a line broke is part of the state that the engine began anew from.
+                self.merged.retain(|later, _| *later > round);
             }
             MemberCommand::Abandon => {
                 self.generation += 1;
+                let newest = self.member.as_ref().map_or(self.held.0, Member::newest_commit);
+                self.fetches.stop(|round| round > newest);
                 self.host.queue.push_back(HostJob::Withdraw);
                 self.engine.queue.push_back(Job::StartOver);
             }
             MemberCommand::FetchDelta { round, fragment, contributor } => {
-                self.fetch_delta(round, fragment, contributor, around);
+                self.fetch_of_round(Key::Delta { round, fragment, contributor }, around);
             }
-            // The runs here are a mesh: a plan never has parts.
-            MemberCommand::FetchSlice { .. } | MemberCommand::Reduce { .. } | MemberCommand::FetchPart { .. } => {
-                self.fail(around);
+            MemberCommand::FetchSlice { round, fragment, values, from, hash } => {
+                self.fetch_slice(round, (fragment, values), (from, hash), around);
+            }
+            MemberCommand::Reduce { round, fragment, values, contributors } => {
+                self.reduce(round, (fragment, values), &contributors, around);
+            }
+            MemberCommand::FetchPart { round, fragment, part } => {
+                self.fetch_of_round(Key::Part { round, fragment, part }, around);
             }
             MemberCommand::Merge(commit) => self.merge(commit, around),
             MemberCommand::Finish { .. } => self.end(SiteFate::Over, around),
@@ -386,17 +352,22 @@ impl SiteProcess {
     }
 
     fn merge(&mut self, commit: Commit, around: &mut Around) {
-        let held = |contributor: &rounds::Contributor| self.deltas.get(&(commit.round, contributor.site)).cloned();
-        let deltas: Option<Vec<Arc<[u8]>>> = commit.contributors.iter().map(held).collect();
+        let delta = |contributor: &Contributor| self.deltas.get(&(commit.round, contributor.site)).cloned();
+        let inputs: Option<Vec<Arc<[u8]>>> = match commit.parts.is_empty() {
+            true => commit.contributors.iter().map(delta).collect(),
+            false => self.merged_parts(&commit),
+        };
         // The member merges only what is held.
-        let Some(deltas) = deltas else { return self.fail(around) };
-        self.host.queue.push_back(HostJob::Merge { commit, deltas });
+        let Some(inputs) = inputs else { return self.fail(around) };
+        self.host.queue.push_back(HostJob::Merge { commit, inputs });
     }
 
     /// What is not wanted any more after the commit of `round`.
     fn forget_through(&mut self, round: Round, fragment: FragmentPlan) {
-        self.deltas.retain(|(held, _), _| *held > round);
-        self.fetches.forget_through(round);
+        for held in [&mut self.deltas, &mut self.slices, &mut self.parts] {
+            held.retain(|(held, _), _| *held > round);
+        }
+        self.fetches.stop(|fetched| fetched <= round);
         let kept = self.settings.rounds_kept(fragment, self.peers.len());
         let oldest = Round(round.0.saturating_sub(kept));
         self.shelf.retain(|(offered, _), _| *offered >= oldest);
@@ -408,7 +379,9 @@ impl SiteProcess {
             return None;
         }
         match key {
-            Key::Delta { round, contributor, .. } => self.shelf.get(&(*round, contributor.site)).cloned(),
+            Key::Delta { round, .. } | Key::Slice { round, .. } | Key::Part { round, .. } => {
+                self.shelf.get(&(*round, key.blob())).cloned()
+            }
             Key::State { commit, .. } => {
                 if let Some((round, bytes)) = &self.shelf_state
                     && *round == commit.round
@@ -539,8 +512,13 @@ impl SiteProcess {
                     self.encode(plan, &values, progress, disk, around);
                 }
             }
-            HostJob::Merge { commit, deltas } => {
-                let Some(merged) = self.host.merge(&commit, &deltas, &mut self.state) else { return self.fail(around) };
+            HostJob::Reduce { round, fragment, values, slices, generation } => {
+                if generation == self.generation {
+                    self.reduced(round, fragment, (&values, &slices), disk, around);
+                }
+            }
+            HostJob::Merge { commit, inputs } => {
+                let Some(merged) = self.host.merge(&commit, &inputs, &mut self.state) else { return self.fail(around) };
                 let (round, state_hash, fragment) = (merged.round, merged.state_hash, merged.fragment);
                 self.held = (round, state_hash);
                 self.merged.insert(round, merged);
@@ -582,11 +560,12 @@ impl SiteProcess {
             loss_nats: 1.0,
             compute_seconds: progress.compute_seconds,
         };
-        self.shelf.insert((round, site), Arc::clone(&delta));
+        let slice_hashes = self.offer_slices(&plan, &delta);
+        self.shelf.insert((round, delta_key(round, plan.fragment, site)), Arc::clone(&delta));
         self.deltas.insert((round, site), Arc::clone(&delta));
         let own = plan.assignments.iter().find(|assignment| assignment.site == site);
         let lease = own.map(|assignment| assignment.lease.clone()).unwrap_or_default();
         around.observe(Observation::Offers { machine: self.machine, site, round, term: plan.term, lease, delta });
-        self.feed(MemberEvent::Encoded { round, contribution, slice_hashes: Vec::new() }, disk, around);
+        self.feed(MemberEvent::Encoded { round, contribution, slice_hashes }, disk, around);
     }
 }
