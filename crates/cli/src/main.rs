@@ -20,8 +20,8 @@ mod watch;
 
 use clap::{Parser, Subcommand};
 use commands::{
-    devices, doctor, eval, export, init, join, lab, logits, measure, plan, predict, sample, serve, simulate, status,
-    train,
+    devices, doctor, eval, export, init, join, lab, logits, measure, members, plan, predict, sample, serve, simulate,
+    status, train,
 };
 use failure::Failure;
 use output::Output;
@@ -46,6 +46,9 @@ enum Command {
     Serve(serve::Args),
     Join(join::Args),
     Status(status::Args),
+    Members(members::Args),
+    Admit(members::AdmitArgs),
+    Revoke(members::RevokeArgs),
     Sample(sample::Args),
     Eval(eval::Args),
     Export(export::Args),
@@ -84,6 +87,9 @@ fn run(command: Command, output: &Output) -> Result<(), Failure> {
         Command::Serve(args) => serve::run(args, output),
         Command::Join(args) => join::run(args, output),
         Command::Status(args) => status::run(args, output),
+        Command::Members(args) => members::run(args, output),
+        Command::Admit(args) => members::admit(args, output),
+        Command::Revoke(args) => members::revoke(args, output),
         Command::Sample(args) => sample::run(args, output),
         Command::Eval(args) => eval::run(args, output),
         Command::Export(args) => export::run(args, output),

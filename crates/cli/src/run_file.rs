@@ -68,7 +68,10 @@ const SECTIONS: [Section; 7] = [
             ("rank", "lowrank: columns of a factor"),
             ("adaptive", "streaming: H, fragments, overlap, codec and rank follow the measured links"),
             ("exchange", "mesh: every site fetches every delta; sharded: merges a part; auto: by the links"),
-            ("merge", "mean: weighted by tokens; trimmed-mean: less the largest and smallest values, against false deltas"),
+            (
+                "merge",
+                "mean: weighted by tokens; trimmed-mean: less the largest and smallest values, against false deltas",
+            ),
             ("keep_residual", "whether what coding lost stays in the site's own parameters"),
             ("error_feedback", "else: part of it that is added to the next delta"),
             ("outer_learning_rate", "step size of the outer Nesterov momentum"),

@@ -7,6 +7,7 @@
 //!
 //! It decides no more than that itself: rounds are decided by [`rounds::Coordinator`].
 
+use crate::access::{Access, Member};
 use crate::store::{Line, Store, StoreError};
 use base::{ContentHash, Round, RunConfig, SiteId, Term};
 use rounds::adaptive::Choice;
@@ -14,7 +15,7 @@ use rounds::coordinator::{Lateness, Note, Record};
 use rounds::{
     Command, Commit, Coordinator, Directive, Event as Input, LeaveReason, LedgerTotals, Peer, Settings, SiteDevice,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use telemetry::event::{Contributor, SiteShare};
 use telemetry::{Event, LeaseShare};
@@ -42,8 +43,10 @@ pub struct Briefing {
 /// How to coordinate.
 #[derive(Debug, Clone)]
 pub struct DeskOptions {
-    /// What a machine must know that was not admitted before.
+    /// What a machine must know that was not admitted before, while invites for all are valid.
     pub secret: Secret,
+    /// For how long they are, seconds of the desk's clock; none: only invites for one machine are.
+    pub invite_seconds: Option<f64>,
     /// Finish after this many rounds of the run, if that is before its end.
     pub rounds_max: Option<u64>,
     /// Finish after this time of training.
@@ -75,6 +78,22 @@ pub struct Visitor {
     pub address: SocketAddr,
     /// What it wants.
     pub greeting: Greeting,
+}
+
+/// When somebody is judged.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Moment {
+    /// Seconds of the desk's clock, which never goes back.
+    pub now: f64,
+    /// Seconds since 1970, by which invites end that were made elsewhere.
+    pub unix_seconds: u64,
+}
+
+/// A machine that was admitted.
+#[derive(Debug, Clone)]
+struct Known {
+    site: SiteId,
+    name: String,
 }
 
 /// The answer to a visitor.
@@ -124,7 +143,12 @@ pub struct Desk {
     store: Box<dyn Store>,
     coordinator: Coordinator,
     options: DeskOptions,
-    admitted: BTreeMap<ContentHash, SiteId>,
+    admitted: BTreeMap<ContentHash, Known>,
+    /// Machines that may not come back.
+    revoked: BTreeSet<ContentHash>,
+    /// Invites for one machine: those that may still be used, and those that were.
+    invites: BTreeMap<ContentHash, u64>,
+    used: BTreeSet<ContentHash>,
     links: BTreeMap<SiteId, LinkNumber>,
     links_made: u64,
     /// When the first round began.
@@ -150,10 +174,15 @@ impl Desk {
             settings.steps_total = settings.steps_total.min(rounds * settings.steps_per_round);
         }
         let (mut admitted, mut records) = (BTreeMap::new(), Vec::new());
+        let (mut revoked, mut used) = (BTreeSet::new(), BTreeSet::new());
         for line in lines {
             match line {
-                Line::Admitted { admitted: site, fingerprint, .. } => {
-                    admitted.insert(fingerprint, site);
+                Line::Admitted { admitted: site, name, fingerprint, invite } => {
+                    admitted.insert(fingerprint, Known { site, name });
+                    used.extend(invite);
+                }
+                Line::Revoked { revoked: fingerprint } => {
+                    revoked.insert(fingerprint);
                 }
                 Line::Decision(record) => records.push(record),
             }
@@ -166,6 +195,9 @@ impl Desk {
             coordinator,
             options,
             admitted,
+            revoked,
+            invites: BTreeMap::new(),
+            used,
             links: BTreeMap::new(),
             links_made: 0,
             training_since: None,
@@ -202,14 +234,62 @@ impl Desk {
         self.coordinator.term()
     }
 
-    /// Whether that machine was ever admitted.
+    /// Whether that machine was admitted, and not revoked since.
     pub fn knows(&self, fingerprint: &ContentHash) -> bool {
-        self.admitted.contains_key(fingerprint)
+        self.admitted.contains_key(fingerprint) && !self.revoked.contains(fingerprint)
     }
 
     /// All machines that were.
     pub fn admitted(&self) -> impl Iterator<Item = ContentHash> + '_ {
-        self.admitted.keys().copied()
+        self.admitted.keys().copied().filter(|fingerprint| self.knows(fingerprint))
+    }
+
+    /// All that were ever admitted, by site id.
+    pub fn members(&self) -> Vec<Member> {
+        let member = |(fingerprint, known): (&ContentHash, &Known)| Member {
+            site: known.site,
+            name: known.name.clone(),
+            fingerprint: *fingerprint,
+            connected: self.links.contains_key(&known.site),
+            revoked: self.revoked.contains(fingerprint),
+        };
+        let mut members: Vec<Member> = self.admitted.iter().map(member).collect();
+        members.sort_by_key(|member| member.site);
+        members
+    }
+
+    /// Digests of the invites that are valid at this moment, that for all included.
+    pub fn invites(&self, at: Moment) -> BTreeSet<ContentHash> {
+        let for_all = self.options.invite_seconds.is_some_and(|seconds| at.now < seconds);
+        let for_one =
+            self.invites.iter().filter(|(digest, ends)| at.unix_seconds < **ends && !self.used.contains(digest));
+        for_one.map(|(digest, _)| *digest).chain(for_all.then(|| self.options.secret.digest())).collect()
+    }
+
+    /// Takes over who may come. Who is revoked leaves, and is in the log as revoked when this returns.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub fn set_access(&mut self, access: Access, now: f64, outlet: &mut dyn Outlet) -> Result<(), StoreError> {
+        self.invites = access.invites;
+        for revoked in access.revoked {
+            if !self.revoked.contains(&revoked) && self.admitted.contains_key(&revoked) {
+                self.store.append(&Line::Revoked { revoked })?;
+                self.revoked.insert(revoked);
+                self.show_out(revoked, now, outlet)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn show_out(&mut self, fingerprint: ContentHash, now: f64, outlet: &mut dyn Outlet) -> Result<(), StoreError> {
+        let site = self.admitted.get(&fingerprint).map(|known| known.site);
+        let Some((site, link)) = site.and_then(|site| Some((site, self.links.remove(&site)?))) else { return Ok(()) };
+        // It reads this, or the end of its connection.
+        let dropped = FromCoordinator::Directive(Directive::Dropped { reason: LeaveReason::Revoked });
+        let _full = outlet.send(link, dropped);
+        outlet.close(link);
+        self.decide(Input::Disconnected(site, LeaveReason::Revoked), now, outlet)
     }
 
     /// Whether that is the site's newest connection, and still in use.
@@ -226,8 +306,8 @@ impl Desk {
     ///
     /// # Errors
     /// The log cannot be written.
-    pub fn greet(&mut self, visitor: Visitor) -> Result<Verdict, StoreError> {
-        let again = "ask for the invite that `beringia serve` prints now";
+    pub fn greet(&mut self, visitor: Visitor, at: Moment) -> Result<Verdict, StoreError> {
+        let again = "ask for a new invite: `beringia admit` makes one";
         let refused = |reason: String, hint| Ok(Verdict::Refused { reason, hint });
         let Visitor { fingerprint, address, greeting } = visitor;
         if !greeting.is_acceptable() {
@@ -237,13 +317,17 @@ impl Desk {
         if greeting.run != self.briefing.config.run.name {
             return refused(format!("this is run '{}', not '{}'", self.briefing.config.run.name, greeting.run), again);
         }
-        let known = self.admitted.get(&fingerprint).copied();
-        let invited = greeting.secret.as_ref().is_some_and(|secret| *secret == self.options.secret);
-        if known.is_none() && !invited {
+        if self.revoked.contains(&fingerprint) {
+            return refused("this machine's key was revoked".to_owned(), "ask who runs the coordinator");
+        }
+        let known = self.admitted.get(&fingerprint).map(|known| known.site);
+        let invites = self.invites(at);
+        let invite = greeting.secret.as_ref().map(Secret::digest).filter(|digest| invites.contains(digest));
+        if known.is_none() && invite.is_none() {
             return refused("the invite is not valid any more".to_owned(), again);
         }
         let Role::Site(hello) = greeting.role else { return Ok(Verdict::Observer) };
-        let Some(site) = self.site_id(known, &hello, fingerprint)? else {
+        let Some(site) = self.site_id(known, &hello, (fingerprint, invite))? else {
             return refused(format!("this run has admitted {ADMISSIONS_MAX} machines already"), "start a second run");
         };
         self.links_made += 1;
@@ -257,14 +341,16 @@ impl Desk {
         &mut self,
         known: Option<SiteId>,
         hello: &SiteHello,
-        fingerprint: ContentHash,
+        (fingerprint, invite): (ContentHash, Option<ContentHash>),
     ) -> Result<Option<SiteId>, StoreError> {
         if known.is_some() || self.admitted.len() >= ADMISSIONS_MAX {
             return Ok(known);
         }
         let site = SiteId(self.admitted.len() as u32);
-        self.store.append(&Line::Admitted { admitted: site, name: hello.name.clone(), fingerprint })?;
-        self.admitted.insert(fingerprint, site);
+        let (name, invite) = (hello.name.clone(), invite.filter(|digest| self.invites.contains_key(digest)));
+        self.store.append(&Line::Admitted { admitted: site, name: name.clone(), fingerprint, invite })?;
+        self.used.extend(invite);
+        self.admitted.insert(fingerprint, Known { site, name });
         Ok(Some(site))
     }
 

@@ -73,6 +73,9 @@ fn config() -> RunConfig {
     RunConfig::new("run", model)
 }
 
+/// When visitors come, unless a test says otherwise.
+const AT: Moment = Moment { now: 0.0, unix_seconds: 1_000 };
+
 struct Office {
     desk: Desk,
     out: Out,
@@ -92,7 +95,12 @@ impl Office {
             initial_hash: ContentHash::default(),
             parameters: 1,
         };
-        let options = DeskOptions { secret: secret.clone(), rounds_max: None, train_seconds_max: None };
+        let options = DeskOptions {
+            secret: secret.clone(),
+            invite_seconds: Some(100.0),
+            rounds_max: None,
+            train_seconds_max: None,
+        };
         let log: Box<dyn Store> = Box::new(Log { steps: Arc::clone(&steps), left: appends });
         let desk = Desk::open(briefing, (log, lines), options, &mut out).unwrap();
         Self { desk, out, steps, secret }
@@ -113,7 +121,7 @@ impl Office {
 
     fn admit(&mut self, name: &str) -> (SiteId, LinkNumber) {
         let visitor = self.visitor(name, Some(self.secret.clone()));
-        let Verdict::Site(admission) = self.desk.greet(visitor).unwrap() else { panic!("{name} is invited") };
+        let Verdict::Site(admission) = self.desk.greet(visitor, AT).unwrap() else { panic!("{name} is invited") };
         let from = (admission.peer.site, admission.link);
         self.desk.enter(*admission, 0.0, &mut self.out).unwrap();
         from
@@ -146,9 +154,9 @@ fn a_site_is_in_the_log_before_it_is_welcome_and_keeps_its_id() {
     assert!(matches!(&steps[..2], [Step::Written(_), Step::Written(Line::Admitted { admitted: SiteId(0), .. })]));
     assert_eq!(steps[2], Step::Sent(link, "Welcome".to_owned()));
     let stranger = office.visitor("b", None);
-    assert!(matches!(office.desk.greet(stranger).unwrap(), Verdict::Refused { .. }));
+    assert!(matches!(office.desk.greet(stranger, AT).unwrap(), Verdict::Refused { .. }));
     let again = office.visitor("a", None);
-    let Verdict::Site(admission) = office.desk.greet(again).unwrap() else { panic!("it was admitted before") };
+    let Verdict::Site(admission) = office.desk.greet(again, AT).unwrap() else { panic!("it was admitted before") };
     assert_eq!((admission.peer.site, admission.peer.address.as_str()), (site, "10.0.0.1:1"));
     assert!(office.taken().is_empty(), "nothing new is in the log");
 }
@@ -156,7 +164,7 @@ fn a_site_is_in_the_log_before_it_is_welcome_and_keeps_its_id() {
 #[test]
 fn a_new_process_goes_on_in_a_new_term_with_the_sites_of_its_log() {
     let fingerprint = ContentHash::of(b"a");
-    let admitted = Line::Admitted { admitted: SiteId(0), name: "a".to_owned(), fingerprint };
+    let admitted = Line::Admitted { admitted: SiteId(0), name: "a".to_owned(), fingerprint, invite: None };
     let lines = vec![Line::Decision(Record::TermStarted { term: Term(4) }), admitted];
     let office = Office::new(lines, 10);
     assert_eq!(office.desk.term(), Term(5));
@@ -206,6 +214,66 @@ fn nothing_is_sent_of_a_decision_that_is_not_in_the_log() {
     // A state that its coordinator does not know: the run is rolled back, which must be written down.
     office.taken();
     let other = office.visitor("b", Some(office.secret.clone()));
-    assert!(matches!(office.desk.greet(other), Err(StoreError::File { .. })));
+    assert!(matches!(office.desk.greet(other, AT), Err(StoreError::File { .. })));
     assert!(office.taken().is_empty() && office.desk.is_current(from.0, from.1));
+}
+
+fn is_refused(office: &mut Office, visitor: Visitor, at: Moment) -> bool {
+    matches!(office.desk.greet(visitor, at).unwrap(), Verdict::Refused { .. })
+}
+
+#[test]
+fn the_invite_for_all_ends_and_those_who_came_with_it_stay() {
+    let mut office = Office::new(Vec::new(), usize::MAX);
+    office.admit("a");
+    let late = Moment { now: 100.0, ..AT };
+    let visitor = office.visitor("b", Some(office.secret.clone()));
+    assert!(is_refused(&mut office, visitor, late));
+    let again = office.visitor("a", None);
+    assert!(!is_refused(&mut office, again, late));
+}
+
+#[test]
+fn an_invite_for_one_admits_one_before_its_end_and_not_again_after_a_restart() {
+    let mut office = Office::new(Vec::new(), usize::MAX);
+    let (first, second) = (Secret::generate().unwrap(), Secret::generate().unwrap());
+    let access = Access { invites: [(first.digest(), 2_000), (second.digest(), 2_000)].into(), ..Access::default() };
+    office.desk.set_access(access.clone(), 0.0, &mut office.out).unwrap();
+    let [a, b] = ["a", "b"].map(|name| office.visitor(name, Some(first.clone())));
+    let Verdict::Site(_) = office.desk.greet(a.clone(), AT).unwrap() else { panic!("a is invited") };
+    assert!(is_refused(&mut office, b.clone(), AT), "it was for one");
+    let Verdict::Site(_) = office.desk.greet(a, AT).unwrap() else { panic!("a comes back by its key") };
+    let c = office.visitor("c", Some(second.clone()));
+    assert!(is_refused(&mut office, c.clone(), Moment { unix_seconds: 2_000, ..AT }), "it has ended");
+    let lines = office.taken().into_iter().filter_map(|step| match step {
+        Step::Written(line) => Some(line),
+        _ => None,
+    });
+    let mut restarted = Office::new(lines.collect(), usize::MAX);
+    restarted.desk.set_access(access, 0.0, &mut restarted.out).unwrap();
+    assert!(is_refused(&mut restarted, b, AT), "the log remembers what was used");
+    assert!(!is_refused(&mut restarted, c, AT));
+}
+
+#[test]
+fn a_revoked_machine_leaves_at_once_and_for_good() {
+    let mut office = Office::new(Vec::new(), usize::MAX);
+    let from = office.admit("a");
+    office.ready(from).unwrap();
+    let revoked = ContentHash::of(b"a");
+    let access = Access { revoked: [revoked, ContentHash::of(b"nobody")].into(), ..Access::default() };
+    office.taken();
+    office.desk.set_access(access, 1.0, &mut office.out).unwrap();
+    let steps = office.taken();
+    assert!(matches!(steps[0], Step::Written(Line::Revoked { revoked: found }) if found == revoked), "{steps:?}");
+    assert!(!office.desk.knows(&revoked) && !office.desk.is_current(from.0, from.1));
+    let members = office.desk.members();
+    assert!(members.len() == 1 && members[0].revoked && !members[0].connected, "{members:?}");
+    let invited = office.visitor("a", Some(office.secret.clone()));
+    assert!(is_refused(&mut office, invited.clone(), AT));
+    let lines = vec![
+        Line::Admitted { admitted: SiteId(0), name: "a".to_owned(), fingerprint: revoked, invite: None },
+        Line::Revoked { revoked },
+    ];
+    assert!(is_refused(&mut Office::new(lines, usize::MAX), invited, AT), "after a restart too");
 }

@@ -11,9 +11,9 @@ use std::sync::{Arc, RwLock};
 use std::time::Duration;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
+use wire::Connection;
 use wire::limits::{PROBE_ANSWER_SECONDS_MAX, PROBE_SLOT_SECONDS_MAX, PROBE_STREAMS, PROBES_MAX};
 use wire::probe::{ProbeGreeting, ProbeKind, Reference, serve_probe, welcome_probe};
-use wire::{Connection, Secret};
 
 /// Computes the reference results on this machine. Called once, on a thread that may block.
 #[derive(Clone)]
@@ -35,7 +35,8 @@ impl fmt::Debug for ReferenceSource {
 /// What probes may see, and how many at a time.
 pub(crate) struct Probes {
     run: String,
-    secret: Secret,
+    /// Digests of the invites that are valid now.
+    invites: Arc<RwLock<BTreeSet<ContentHash>>>,
     admitted: Arc<RwLock<BTreeSet<ContentHash>>>,
     source: Option<ReferenceSource>,
     computed: OnceCell<Result<Arc<Reference>, String>>,
@@ -46,13 +47,13 @@ pub(crate) struct Probes {
 impl Probes {
     pub(crate) fn new(
         run: String,
-        secret: Secret,
+        invites: Arc<RwLock<BTreeSet<ContentHash>>>,
         admitted: Arc<RwLock<BTreeSet<ContentHash>>>,
         source: Option<ReferenceSource>,
     ) -> Self {
         Self {
             run,
-            secret,
+            invites,
             admitted,
             source,
             computed: OnceCell::new(),
@@ -83,7 +84,7 @@ impl Probes {
     }
 
     fn refusal(&self, connection: &Connection, greeting: &ProbeGreeting) -> Option<(String, &'static str)> {
-        let again = "ask for the invite that `beringia serve` prints now";
+        let again = "ask for a new invite: `beringia admit` makes one";
         if !greeting.is_acceptable() {
             let same = "use the same version of beringia on both sides";
             return Some(("its greeting is out of bounds".to_owned(), same));
@@ -92,7 +93,8 @@ impl Probes {
             return Some((format!("this is run '{}', not '{}'", self.run, greeting.run), again));
         }
         let known = self.admitted.read().is_ok_and(|admitted| admitted.contains(&connection.peer()));
-        let invited = greeting.secret.as_ref().is_some_and(|secret| *secret == self.secret);
+        let invites = |digest| self.invites.read().is_ok_and(|invites| invites.contains(&digest));
+        let invited = greeting.secret.as_ref().is_some_and(|secret| invites(secret.digest()));
         (!known && !invited).then(|| ("the invite is not valid any more".to_owned(), again))
     }
 

@@ -3,7 +3,8 @@
 //! Connections are tasks that turn bytes into messages; one loop feeds them to the [`Desk`], which says what is written down, sent and
 //! told. Every queue is bounded; a site that does not read its messages is dropped, not waited for.
 
-use crate::desk::{Briefing, Desk, DeskOptions, LinkNumber, Outlet, Summary, Verdict, Visitor};
+use crate::access::{AccessError, AccessFolder, Door, Member};
+use crate::desk::{Briefing, Desk, DeskOptions, LinkNumber, Moment, Outlet, Summary, Verdict, Visitor};
 use crate::files::{FilesError, RunFiles, Served};
 use crate::probes::{Probes, ReferenceSource};
 use crate::store::{Line, Store, StoreError};
@@ -11,9 +12,10 @@ use base::{ContentHash, Hint, SiteId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, RwLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use telemetry::{Event, Reporter, RunView};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -51,6 +53,10 @@ const INBOX_MAX: usize = 4_096;
 pub struct ServeOptions {
     /// Where to listen.
     pub listen: SocketAddr,
+    /// The run's folder, where `beringia admit` and `revoke` leave word.
+    pub run: PathBuf,
+    /// How long the invite for all is valid, seconds; none: nobody comes in but by [`AccessFolder::admit`].
+    pub invite_seconds: Option<f64>,
     /// Host in the invite; empty takes the listening address.
     pub advertised_host: String,
     /// Finish after this many rounds of the run, if that is before its end.
@@ -77,6 +83,9 @@ pub enum ServeError {
     /// The durable log: without it no decision may be taken.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The files that say who may come in.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// The advertised host makes no invite.
     #[error(transparent)]
     Invite(#[from] InviteError),
@@ -92,6 +101,7 @@ impl Hint for ServeError {
             Self::Identity(error) => error.hint(),
             Self::Listen(error) => error.hint(),
             Self::Store(error) => error.hint(),
+            Self::Access(error) => error.hint(),
             Self::Invite(error) => error.hint(),
             Self::Random(_) => Some("see that /dev/urandom can be read".to_owned()),
         }
@@ -99,7 +109,7 @@ impl Hint for ServeError {
 }
 
 /// Coordinates the run in `files` until it is finished or `stop` completes and every site has left. `on_invite` is
-/// called once, with the invite, when sites can come.
+/// called once, with the invite for all where there is one, when sites can come.
 ///
 /// # Errors
 /// See [`ServeError`].
@@ -109,7 +119,7 @@ pub async fn serve(
     (store, lines): (Box<dyn Store>, Vec<Line>),
     options: ServeOptions,
     reporter: Reporter,
-    on_invite: impl FnOnce(&Invite),
+    on_invite: impl FnOnce(Option<&Invite>),
     stop: impl Future<Output = ()> + Send,
 ) -> Result<Summary, ServeError> {
     let traffic = Traffic::new();
@@ -124,9 +134,14 @@ pub async fn serve(
         false => format!("{host}:{}", listener.address().port()),
     };
     let secret = Secret::generate()?;
-    let invite = Invite::new(&address, &files.config.run.name, identity.fingerprint(), secret.clone())?;
-    let mut shell = Shell::new(files, (store, lines), options, secret, reporter)?;
-    on_invite(&invite);
+    let (run, fingerprint) = (files.config.run.name.clone(), identity.fingerprint());
+    let invite = Invite::new(&address, &run, fingerprint, secret.clone())?;
+    let is_for_all = options.invite_seconds.is_some();
+    let access = AccessFolder::of(&options.run);
+    access.open(&Door { address, run, fingerprint })?;
+    let mut shell = Shell::new(files, (store, lines), (options, access), secret, reporter)?;
+    shell.heed_access()?;
+    on_invite(is_for_all.then_some(&invite));
     shell.run(listener, std::pin::pin!(stop)).await
 }
 
@@ -167,6 +182,11 @@ struct Shell {
     desk: Desk,
     outside: Outside,
     may_fetch: Arc<RwLock<BTreeSet<ContentHash>>>,
+    /// Digests of the invites that are valid now.
+    invites: Arc<RwLock<BTreeSet<ContentHash>>>,
+    access: AccessFolder,
+    /// As they were written last.
+    members: Option<Vec<Member>>,
     probes: Arc<Probes>,
     began: Instant,
     told: mpsc::Sender<Told>,
@@ -186,22 +206,27 @@ impl Shell {
     fn new(
         files: RunFiles,
         log: (Box<dyn Store>, Vec<Line>),
-        options: ServeOptions,
+        (options, access): (ServeOptions, AccessFolder),
         secret: Secret,
         reporter: Reporter,
     ) -> Result<Self, ServeError> {
-        let ServeOptions { rounds_max, train_seconds_max, reference, .. } = options;
+        let ServeOptions { rounds_max, train_seconds_max, reference, invite_seconds, .. } = options;
         let mut outside = Outside { outboxes: BTreeMap::new(), reporter, view: RunView::default() };
-        let desk_options = DeskOptions { secret: secret.clone(), rounds_max, train_seconds_max };
+        let desk_options = DeskOptions { secret, invite_seconds, rounds_max, train_seconds_max };
         let desk = Desk::open(briefing(&files), log, desk_options, &mut outside)?;
         let may_fetch: Arc<RwLock<BTreeSet<ContentHash>>> = Arc::new(RwLock::new(desk.admitted().collect()));
         let (told, inbox) = mpsc::channel(INBOX_MAX);
-        let probes = Arc::new(Probes::new(files.config.run.name.clone(), secret, Arc::clone(&may_fetch), reference));
+        let invites = Arc::default();
+        let run = files.config.run.name.clone();
+        let probes = Arc::new(Probes::new(run, Arc::clone(&invites), Arc::clone(&may_fetch), reference));
         Ok(Self {
             served: Arc::new(Served::new(&files, Arc::clone(&may_fetch))),
             desk,
             outside,
             may_fetch,
+            invites,
+            access,
+            members: None,
             probes,
             began: Instant::now(),
             told,
@@ -232,6 +257,7 @@ impl Shell {
                 _ = tick.tick() => {
                     let now = self.now();
                     self.desk.tick(now, &mut self.outside)?;
+                    self.heed_access()?;
                 }
                 () = &mut stop, if !stopped => {
                     stopped = true;
@@ -241,6 +267,34 @@ impl Shell {
             }
         }
         Ok(self.desk.summarise(&mut self.outside))
+    }
+
+    /// Does what `beringia admit` and `revoke` ask for, and says who is here.
+    fn heed_access(&mut self) -> Result<(), ServeError> {
+        let at = self.moment();
+        match self.access.read() {
+            Ok(access) => self.desk.set_access(access, at.now, &mut self.outside)?,
+            // What cannot be read now can be in a second.
+            Err(error) if self.members.is_none() => return Err(error.into()),
+            Err(_) => return Ok(()),
+        }
+        if let Ok(mut may_fetch) = self.may_fetch.write() {
+            may_fetch.retain(|fingerprint| self.desk.knows(fingerprint));
+        }
+        if let Ok(mut invites) = self.invites.write() {
+            *invites = self.desk.invites(at);
+        }
+        let members = Some(self.desk.members());
+        if self.members != members {
+            self.access.write_members(members.as_deref().unwrap_or_default())?;
+            self.members = members;
+        }
+        Ok(())
+    }
+
+    fn moment(&self) -> Moment {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Moment { now: self.now(), unix_seconds: unix.as_secs() }
     }
 
     fn visited(&mut self, event: ListenerEvent) {
@@ -309,10 +363,12 @@ impl Shell {
 
     fn greeted(&mut self, greeting: Greeting, connection: Connection) -> Result<(), ServeError> {
         let (fingerprint, address) = (connection.peer(), connection.address());
-        match self.desk.greet(Visitor { fingerprint, address, greeting })? {
+        let (at, invite) = (self.moment(), greeting.secret.as_ref().map(Secret::digest));
+        match self.desk.greet(Visitor { fingerprint, address, greeting }, at)? {
             Verdict::Refused { reason, hint } => self.refuse(connection, reason, hint),
             Verdict::Observer => self.answer_observer(connection),
             Verdict::Site(admission) => {
+                invite.into_iter().for_each(|digest| self.access.forget_invite(digest));
                 if let Ok(mut may_fetch) = self.may_fetch.write() {
                     may_fetch.insert(fingerprint);
                 }

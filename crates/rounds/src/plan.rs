@@ -311,6 +311,8 @@ pub enum LeaveReason {
     EngineNotFinite,
     /// Its engine did not come back from a call.
     EngineHung,
+    /// It may not come back: whoever runs the coordinator said so.
+    Revoked,
 }
 
 /// Longest text in a [`SiteDevice`].

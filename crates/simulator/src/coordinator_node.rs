@@ -9,7 +9,7 @@ use crate::trace::Observation;
 use base::{Round, SiteId};
 use coordinator::serve::SITE_SILENCE_MAX;
 use coordinator::{
-    Briefing, DatabaseStore, Desk, DeskOptions, Line, LinkNumber, Outlet, Store, StoreError, Verdict, Visitor,
+    Briefing, DatabaseStore, Desk, DeskOptions, Line, LinkNumber, Moment, Outlet, Store, StoreError, Verdict, Visitor,
 };
 use rounds::coordinator::Record;
 use rounds::{Directive, RoundPlan, SampleRange};
@@ -162,7 +162,7 @@ impl CoordinatorNode {
         let (store, lines) = DatabaseStore::on(Path::new(LOG_NAME), disk.open()).map_err(|error| error.to_string())?;
         let records = lines.iter().filter_map(|line| match line {
             Line::Decision(record) => Some(record.clone()),
-            Line::Admitted { .. } => None,
+            Line::Admitted { .. } | Line::Revoked { .. } => None,
         });
         around.observe(Observation::LogRead(records.collect()));
         let acknowledged = Acknowledged::default();
@@ -179,7 +179,13 @@ impl CoordinatorNode {
             initial_hash: GlobalState::initial(config).hash(),
             parameters: config.schema().elements() as u64,
         };
-        let options = DeskOptions { secret: around.secret.clone(), rounds_max: None, train_seconds_max: None };
+        let options = DeskOptions {
+            secret: around.secret.clone(),
+            // Clocks jump here, and who may come in is not what is simulated.
+            invite_seconds: Some(f64::INFINITY),
+            rounds_max: None,
+            train_seconds_max: None,
+        };
         let (mut ways_out, began) = (WaysOut::default(), around.now);
         let desk = Desk::open(briefing, (store, lines), options, &mut Out { around, ways: &mut ways_out });
         let desk = desk.map_err(|error| error.to_string())?;
@@ -265,7 +271,8 @@ impl CoordinatorNode {
 
     fn greeted(&mut self, site: usize, process: u64, around: &mut Around) -> Result<(), StoreError> {
         let id = around.net.connect((site, process), self.process);
-        match self.desk.greet(visitor(site, around))? {
+        let at = Moment { now: self.time(around), unix_seconds: 0 };
+        match self.desk.greet(visitor(site, around), at)? {
             Verdict::Site(admission) => {
                 self.ways_out.links.insert(admission.link, id);
                 self.connections.insert(id, (admission.peer.site, admission.link));

@@ -196,6 +196,7 @@ pub fn describe(reason: LeaveReason) -> &'static str {
         LeaveReason::EngineFailed => "its engine failed",
         LeaveReason::EngineNotFinite => "its engine gave a number that is not finite",
         LeaveReason::EngineHung => "its engine did not come back from a call",
+        LeaveReason::Revoked => "its key was revoked",
         _ => "for a reason that this version does not know",
     }
 }

@@ -9,6 +9,7 @@ pub(crate) mod join;
 pub(crate) mod lab;
 pub(crate) mod logits;
 pub(crate) mod measure;
+pub(crate) mod members;
 pub(crate) mod plan;
 pub(crate) mod predict;
 pub(crate) mod sample;

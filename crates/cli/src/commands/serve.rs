@@ -15,6 +15,21 @@ use telemetry::log::system_unix_ms;
 use telemetry::{EventLog, Reporter};
 use wire::Identity;
 
+/// Seconds of an hour.
+pub(crate) const SECONDS_PER_HOUR: f64 = 3_600.0;
+
+/// A year: what is valid for longer has no end.
+const HOURS_MAX: f64 = 8_766.0;
+
+/// Hours for which an invite is valid.
+pub(crate) fn hours(text: &str) -> Result<f64, String> {
+    let hours: f64 = text.parse().map_err(|_| "not a number of hours, as in 24 or 0.5".to_owned())?;
+    match (0.0..=HOURS_MAX).contains(&hours) {
+        true => Ok(hours),
+        false => Err(format!("not within 0 and {HOURS_MAX} hours")),
+    }
+}
+
 /// Coordinate a run: prints one invite for the sites, and their rounds as they close
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -26,6 +41,9 @@ pub(crate) struct Args {
     /// Host name or address that the sites can reach, for the invite.
     #[arg(long, value_name = "HOST", default_value = "")]
     advertise: String,
+    /// Hours for which the invite that is printed admits new machines; 0 prints none: `beringia admit` makes one for each.
+    #[arg(long, value_name = "H", default_value_t = 24.0, value_parser = hours)]
+    invite_hours: f64,
     /// Sites to wait for before the first round; [sync] sites unless given.
     #[arg(long, value_name = "N")]
     sites: Option<u32>,
@@ -51,6 +69,8 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let log = EventLog::open(&args.run.join(EVENTS_FILE), "coordinator", Box::new(system_unix_ms))?;
     let reporter = Reporter::new(log, Watch::new(output, &files.config).watcher());
     let options = ServeOptions {
+        run: args.run.clone(),
+        invite_seconds: (args.invite_hours > 0.0).then_some(args.invite_hours * SECONDS_PER_HOUR),
         listen: args.listen,
         advertised_host: args.advertise,
         rounds_max: args.rounds,
@@ -59,12 +79,17 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     };
     let (name, sites) = (files.config.run.name.clone(), files.config.sync.sites);
     let runtime = runtime()?;
-    let on_invite = |invite: &wire::Invite| {
-        let text = format!("beringia join {invite}");
+    let run_folder = args.run.clone();
+    let on_invite = |invite: Option<&wire::Invite>| {
+        let text = match invite {
+            Some(invite) => format!("beringia join {invite}"),
+            None => format!("beringia admit {}", run_folder.display()),
+        };
         if output.is_json() {
             output.notice(&text);
         } else {
-            output.line(format_args!("run '{name}' waits for {sites} site(s); on each of them:\n\n  {text}\n"));
+            let who = if invite.is_some() { "on each of them" } else { "an invite for each of them" };
+            output.line(format_args!("run '{name}' waits for {sites} site(s); {who}:\n\n  {text}\n"));
         }
     };
     let served =

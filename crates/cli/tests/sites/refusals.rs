@@ -1,7 +1,8 @@
 //! What is refused, down to the words: before any compute, with the command that mends it.
 
-use crate::support::{Coordinator, Place, Process, join};
+use crate::support::{Coordinator, Place, Process, join, wait_for};
 use base::ContentHash;
+use serde_json::Value;
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
@@ -94,7 +95,7 @@ fn an_invite_that_is_wrong_old_or_of_another_run_is_refused() {
     first.process.end();
     let again = Coordinator::start(&place, "run", &["--listen", &address]);
     let invalid = "error: the coordinator refuses this site: the invite is not valid any more\n\
-                   hint: ask for the invite that `beringia serve` prints now\n";
+                   hint: ask for a new invite: `beringia admit` makes one\n";
     assert_eq!(join(&place, &old, "site-a", &[]).end().failure(), invalid);
     again.process.terminate();
     again.process.end();
@@ -107,6 +108,54 @@ fn an_invite_that_is_wrong_old_or_of_another_run_is_refused() {
     );
     let hint = "hint: its key has changed, or another machine answers: ask for a new invite from `beringia serve`\n";
     assert!(failure.ends_with(hint), "{failure}");
+}
+
+#[test]
+fn an_invite_for_one_admits_one_and_who_is_revoked_leaves_for_good() {
+    let place = Place::new();
+    place.init("run", &["sync.sites=2", "train.steps=1000000"]);
+    assert!(place.ended(&["admit", "run"]).failure().contains("no coordinator of this run has listened yet"));
+    let coordinator = Coordinator::start(&place, "run", &[]);
+    let first = coordinator.join(&place, "site-a", &[]);
+    let invite = place.object(&["admit", "run", "--hours", "1"])["invite"].as_str().unwrap().to_owned();
+    // What was made a moment ago is known within a second.
+    let second = wait_for("a place for site-b", || {
+        let mut site = join(&place, &invite, "site-b", &[]);
+        let entered = || place.events("run").iter().any(|record| is_entry(&record.event, "site-b"));
+        let decided = wait_for("a decision about site-b", || (site.has_ended() || entered()).then(entered));
+        decided.then_some(site)
+    });
+    place.wait_for_commit("run", 2);
+    let used = join(&place, &invite, "site-c", &[]).end();
+    assert!(used.failure().contains("the invite is not valid any more"), "{}", used.failure());
+    let states = || {
+        let members = place.object(&["members", "run"])["members"].clone();
+        let state = |member: &Value| (member["name"].clone(), member["connected"].clone(), member["revoked"].clone());
+        members.as_array().unwrap().iter().map(state).collect::<Vec<_>>()
+    };
+    let state = |name: &str, connected: bool, revoked: bool| (name.into(), connected.into(), revoked.into());
+    let both = vec![state("site-a", true, false), state("site-b", true, false)];
+    wait_for("both among the members", || (states() == both).then_some(()));
+    assert!(place.ended(&["revoke", "run", "site-x"]).failure().contains("no member of this run is 'site-x'"));
+    place.object(&["revoke", "run", "site-b"]);
+    let revoked = second.end();
+    assert!(revoked.failure().contains("its key was revoked"), "{}", revoked.failure());
+    wait_for("site-b among the revoked", || (states()[1] == state("site-b", false, true)).then_some(()));
+    let again = coordinator.join(&place, "site-b", &[]).end();
+    assert!(again.failure().contains("this machine's key was revoked"), "{}", again.failure());
+    let committed =
+        place.events("run").iter().filter(|record| matches!(record.event, Event::RoundCommitted { .. })).count();
+    place.wait_for_commit("run", committed as u64 + 2);
+    first.terminate();
+    first.end();
+    coordinator.process.terminate();
+    let log = fs::read_to_string(place.join("run/events.jsonl")).unwrap() + &coordinator.process.end().stderr;
+    assert!(!log.contains(invite.trim_start_matches("beringia1-")), "an invite is in no log");
+}
+
+/// Whether a site of that name came in.
+fn is_entry(event: &Event, wanted: &str) -> bool {
+    matches!(event, Event::SiteJoined { name, .. } if name == wanted)
 }
 
 #[test]

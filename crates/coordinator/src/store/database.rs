@@ -219,7 +219,12 @@ mod tests {
             1 => Line::Decision(Record::RolledBack { to: Round(number) }),
             _ => {
                 let fingerprint = ContentHash::of(&number.to_le_bytes());
-                Line::Admitted { admitted: SiteId(number as u32), name: format!("site-{number}"), fingerprint }
+                Line::Admitted {
+                    admitted: SiteId(number as u32),
+                    name: format!("site-{number}"),
+                    fingerprint,
+                    invite: None,
+                }
             }
         }
     }

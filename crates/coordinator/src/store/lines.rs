@@ -73,7 +73,12 @@ mod tests {
     }
 
     fn admitted() -> Line {
-        Line::Admitted { admitted: SiteId(3), name: "site-d".to_owned(), fingerprint: ContentHash::of(b"d") }
+        Line::Admitted {
+            admitted: SiteId(3),
+            name: "site-d".to_owned(),
+            fingerprint: ContentHash::of(b"d"),
+            invite: None,
+        }
     }
 
     #[test]

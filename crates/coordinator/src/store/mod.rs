@@ -31,6 +31,14 @@ pub enum Line {
         name: String,
         /// BLAKE3 of its certificate.
         fingerprint: ContentHash,
+        /// Digest of the invite for one machine that it came with: nobody else may.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        invite: Option<ContentHash>,
+    },
+    /// A machine may not come back.
+    Revoked {
+        /// BLAKE3 of its certificate.
+        revoked: ContentHash,
     },
     /// A decision.
     Decision(Record),
