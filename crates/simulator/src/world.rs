@@ -201,7 +201,8 @@ impl World {
             if let Some(violation) = self.look() {
                 return Some(violation);
             }
-            if self.is_done && self.sites.iter().all(|site| site.process.is_none()) {
+            // Whoever had no line when the run ended calls somebody who will not answer, until its patience is over.
+            if self.is_done && self.sites.iter().all(|site| site.process.as_ref().is_none_or(SiteProcess::is_calling)) {
                 return None;
             }
         }

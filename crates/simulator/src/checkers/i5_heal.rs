@@ -18,11 +18,12 @@ pub(super) struct Heal {
     /// Until when the next commit must come.
     commit_by: Option<f64>,
     end_by: Option<f64>,
+    is_over: bool,
 }
 
 impl Heal {
     pub(super) fn new(scenario: &Scenario) -> Self {
-        Self { bound_seconds: DEADLINES * scenario.deadline_seconds(), commit_by: None, end_by: None }
+        Self { bound_seconds: DEADLINES * scenario.deadline_seconds(), commit_by: None, end_by: None, is_over: false }
     }
 }
 
@@ -33,12 +34,12 @@ impl Checker for Heal {
 
     fn see(&mut self, seconds: f64, observation: &Observation) -> Result<(), String> {
         match observation {
-            Observation::FaultsStopped => {
+            Observation::FaultsStopped if !self.is_over => {
                 self.commit_by = Some(seconds + self.bound_seconds);
                 self.end_by = Some(seconds + ROUNDS_TO_THE_END * self.bound_seconds);
             }
             Observation::Logged(record) if matches!(**record, Record::Committed(_)) => self.commit_by = None,
-            Observation::Done { .. } => (self.commit_by, self.end_by) = (None, None),
+            Observation::Done { .. } => (self.commit_by, self.end_by, self.is_over) = (None, None, true),
             _ => {}
         }
         Ok(())

@@ -54,6 +54,11 @@ impl SiteProcess {
         self.process == process && self.line.calls == call && self.line.connection.is_none()
     }
 
+    /// Whether it has lost the coordinator and calls it.
+    pub(crate) fn is_calling(&self) -> bool {
+        self.site.is_some() && self.line.connection.is_none() && self.ending.is_none()
+    }
+
     /// Calls once.
     pub(super) fn dial(&mut self, around: &mut Around) {
         self.line.calls += 1;
