@@ -213,7 +213,7 @@ fn objectives_and_caps_choose_among_plans() {
     let cost = figure(" --objective cost", "cost") * 1.001;
     let message = place.failure(&format!("{PLAN} --max-hours {hours} --max-cost {cost}"));
     assert!(message.starts_with("error: the caps contradict each other: --max-hours "), "{message}");
-    let message = place.failure(&format!("{PLAN} --max-kwh -1"));
+    let message = place.failure(&format!("{PLAN} --max-kwh=-1"));
     assert!(message.starts_with("error: --max-kwh -1 is no positive number\nhint: "), "{message}");
 }
 

@@ -490,7 +490,7 @@ mod tests {
         let cluster = Cluster::parse(TWO).unwrap();
         let (sites, links) = (cluster.specs(&catalogue).unwrap(), cluster.network().unwrap());
         assert_eq!((sites[0].groups.len(), sites[1].groups.len()), (1, 2));
-        assert_eq!((sites[1].groups[1].device.name.as_str(), sites[1].groups[1].devices), ("MI300X", 32));
+        assert_eq!((sites[1].groups[1].device.name.as_str(), sites[1].groups[1].devices), ("Instinct MI300X", 32));
         assert_eq!((sites[0].tariff.pue, sites[0].tariff.kilowatt_hour), (1.1, Some(0.05)));
         let link = links.between(1, 0).unwrap();
         assert_eq!((link.up.gigabits(), link.round_trip, link.loss), (10.0, Seconds(0.03), 0.001));

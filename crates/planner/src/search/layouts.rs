@@ -3,9 +3,9 @@
 //! A step of m micro-batches takes a + b m seconds ([`crate::model::pipeline`]: the slowest stage sets b, filling, draining, gradients and
 //! optimiser a). In T seconds a layout whose data-parallel ranks together take q sequences at once so finishes
 //! ```text
-//! sequences(T) = q (T - a) / b      where T >= a + b, else none
+//! sequences(T) = q floor((T - a) / b)
 //! ```
-//! and a site the most over its layouts. That function never falls where devices, memory or networks get better, because
+//! (a batch that is no multiple of q leaves some ranks idle) and a site the most over its layouts. That function never falls where devices, memory or networks get better, because
 //! they only add layouts or make a and b smaller; all of the search rests on it.
 
 use super::{PlanError, SiteSpec, Task};
@@ -27,8 +27,8 @@ const STAGES_MAX: f64 = 64.0;
 /// Stages that are tried although the layers do not come out even.
 const STAGES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
 
-/// Smaller data-parallel degrees than this part of the largest are tried as powers of two only: they leave most of the site idle.
-const IDLE_MAX: f64 = 0.5;
+/// A micro-batch that ends this part of itself late is in time: what rounding leaves of a whole one.
+const IN_TIME: f64 = 1e-9;
 
 /// How a pipeline lies over kinds of devices.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,12 +57,12 @@ pub struct Line<'a> {
 impl Line<'_> {
     /// Sequences that it finishes in this time.
     pub fn sequences(&self, time: Seconds) -> f64 {
-        if time.0 < self.first() { 0.0 } else { self.quantum * (time.0 - self.start) / self.each }
+        self.quantum * ((time.0 - self.start) / self.each + IN_TIME).floor().max(0.0)
     }
 
     /// Time in which it finishes so many sequences.
     pub fn time_for(&self, sequences: f64) -> Seconds {
-        Seconds((self.start + self.each * sequences / self.quantum).max(self.first()))
+        Seconds(self.start + self.each * (sequences / self.quantum).ceil().max(1.0))
     }
 
     /// How many devices of each kind it takes.
@@ -79,14 +79,13 @@ impl Line<'_> {
         used
     }
 
-    fn first(&self) -> f64 {
-        self.start + self.each
-    }
-
-    /// Whether it is never behind the other.
+    /// Whether it is never behind the other: k of its micro-batches hold as many sequences as one of the other's, take no longer, and the first k are
+    /// there no later.
     fn dominates(&self, other: &Self) -> bool {
-        self.quantum / self.each >= other.quantum / other.each
-            && self.sequences(Seconds(other.first())) >= other.quantum
+        let times = other.quantum / self.quantum;
+        times.fract() == 0.0
+            && times * self.each <= other.each
+            && self.start + times * self.each <= other.start + other.each
     }
 }
 
@@ -123,20 +122,31 @@ pub fn ability<'a>(task: &Task, site: &SiteSpec<'a>) -> Result<Ability<'a>, Plan
     let mut ability = Ability::default();
     let mut leanest: Option<(Bytes, Bytes)> = None;
     for (placement, layout) in candidates(task, site)? {
-        let case = case(task, site, &placement, layout);
-        if case.validate().is_err() {
-            continue;
+        // Recomputing costs time and nothing else: it is tried where the layout does not fit without.
+        for recompute in [Recompute::None, Recompute::Full] {
+            let case = case(task, site, &placement, Layout { recompute, ..layout });
+            if case.validate().is_err() {
+                break;
+            }
+            let needed = memory(&case).total();
+            let usable = least_memory(&placement.devices)? * USABLE_MEMORY;
+            if leanest.is_none_or(|(least, of)| needed / usable < least / of) {
+                leanest = Some((needed, usable));
+            }
+            let fits = needed <= usable;
+            if recompute == Recompute::None {
+                let line = line(&case, placement.clone())?;
+                if fits {
+                    insert(&mut ability.lines, line.clone());
+                }
+                insert(&mut ability.unbounded, line);
+            } else if fits {
+                insert(&mut ability.lines, line(&case, placement.clone())?);
+            }
+            if fits {
+                break;
+            }
         }
-        let needed = memory(&case).total();
-        let usable = least_memory(&placement.devices)? * USABLE_MEMORY;
-        if leanest.is_none_or(|(least, of)| needed / usable < least / of) {
-            leanest = Some((needed, usable));
-        }
-        let line = line(&case, placement.clone())?;
-        if needed <= usable {
-            insert(&mut ability.lines, line.clone());
-        }
-        insert(&mut ability.unbounded, line);
     }
     if ability.lines.is_empty() { Err(refusal(task, site, leanest)) } else { Ok(ability) }
 }
@@ -203,8 +213,7 @@ fn candidates<'a>(task: &Task, site: &SiteSpec<'a>) -> Result<Vec<(Placement<'a>
 fn degrees(most: f64) -> impl Iterator<Item = f64> {
     let small = (1..8).map(f64::from);
     let large = (0..28).flat_map(|exponent| (8..16).map(move |first| f64::from(first) * f64::from(exponent).exp2()));
-    let all = small.chain(large).take_while(move |degree| *degree <= most);
-    all.filter(move |degree| *degree >= most * IDLE_MAX || degree.log2().fract() == 0.0)
+    small.chain(large).take_while(move |degree| *degree <= most)
 }
 
 fn tensor_degrees(task: &Task, site: &SiteSpec<'_>) -> impl Iterator<Item = f64> + use<> {
@@ -297,17 +306,14 @@ fn base() -> Layout {
     }
 }
 
-/// Micro-batch, recomputation, sharding and expert parallelism of one set of degrees; as many micro-batches as stages.
+/// Micro-batch, sharding and expert parallelism of one set of degrees; as many micro-batches as stages.
 fn push_variants(task: &Task, layout: Layout, all: &mut Vec<Layout>) {
     let batch = f64::from(task.global_batch);
     let ep = if task.shape.experts > 1.0 { largest_group(task.shape.experts, layout.dp) } else { 1.0 };
     for micro_batch in MICRO_BATCHES.iter().copied().filter(|micro_batch| micro_batch * layout.dp <= batch) {
         let global_batch = layout.dp * micro_batch * layout.pp;
-        for recompute in [Recompute::None, Recompute::Full] {
-            for zero in if layout.pp > 1.0 { &[1_u8][..] } else { &[1, 3][..] } {
-                let eager = *zero == 3;
-                all.push(Layout { micro_batch, global_batch, recompute, zero: *zero, ep, eager, ..layout });
-            }
+        for zero in if layout.pp > 1.0 { &[1_u8][..] } else { &[1, 3][..] } {
+            all.push(Layout { micro_batch, global_batch, zero: *zero, ep, eager: *zero == 3, ..layout });
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Reads a cluster's TOML, asks `planner::search`, and prints the best few plans with their reasons. What is computed lies in `planner`.
 
+mod check;
 mod object;
 mod table;
 
@@ -15,7 +16,7 @@ use planner::model::shape::Transformer;
 use planner::search::{Caps, Objective, Plan, Task, Wish, plans};
 use planner::what_if::Change;
 use planner::{models, picture, units};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Longest cluster file, bytes.
 const CLUSTER_BYTES_MAX: u64 = 1 << 20;
@@ -34,11 +35,11 @@ const BATCH_MAX: u32 = 1 << 24;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The sites and the links between them: a TOML that docs/plan.md describes.
-    #[arg(long, value_name = "FILE")]
-    cluster: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "check")]
+    cluster: Option<PathBuf>,
     /// A known model (llama-3-70b, deepseek-v3-671b, ...) or a number of parameters (70B).
-    #[arg(long, value_name = "MODEL")]
-    model: String,
+    #[arg(long, value_name = "MODEL", required_unless_present = "check")]
+    model: Option<String>,
     /// Tokens to train on, as 1.4T; 20 for each active parameter unless given.
     #[arg(long, value_name = "N")]
     tokens: Option<String>,
@@ -75,6 +76,9 @@ pub(crate) struct Args {
     /// Draw the best plan's round, and where its time and energy go.
     #[arg(long, value_name = "FILE.svg")]
     picture: Option<PathBuf>,
+    /// Lay what would have been predicted of a run beside what its events say; the links are those of --cluster.
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["model", "tokens", "batch", "what_if", "picture"])]
+    check: Option<PathBuf>,
 }
 
 /// What is to be least.
@@ -112,19 +116,22 @@ struct Planned {
 
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
+    let cluster = args.cluster.as_deref().map(cluster).transpose()?;
+    if let Some(folder) = &args.check {
+        let links = cluster.as_ref().map(Cluster::network).transpose()?;
+        return check::run(folder, links.as_ref(), output);
+    }
+    let Some(cluster) = cluster else { unreachable!("clap wants a cluster where there is no check") };
     let catalogue = catalogue(args.devices.as_deref())?;
-    let place = args.cluster.display().to_string();
-    let text = texts::read(&args.cluster, CLUSTER_BYTES_MAX)?;
-    let cluster = Cluster::parse(&text).map_err(|error| Failure::from(error).about(&place))?;
-    let task = task(&args)?;
-    let wish = wish(&args)?;
-    let found = planned(&catalogue, &cluster, &task, &wish)?;
-    let changes: Result<Vec<_>, Failure> = args.what_if.iter().map(|text| Ok((Change::parse(text)?, text))).collect();
-    let changes = changes?.into_iter().map(|(change, _)| {
+    let (task, wish) = (task(&args)?, wish(&args)?);
+    let plans = planned(&catalogue, &cluster, &task, &wish)?;
+    let changes: Result<Vec<Change>, _> = args.what_if.iter().map(|text| Change::parse(text)).collect();
+    let changes = changes?.into_iter().map(|change| {
         let best = changed(&catalogue, &cluster, &change, &task, &wish);
         (change, best)
     });
-    let planned = Planned { model: args.model.clone(), task, wish, plans: found, changes: changes.collect() };
+    let model = args.model.clone().unwrap_or_default();
+    let planned = Planned { model, task, wish, plans, changes: changes.collect() };
     output.object(&object::of(&planned));
     output.text(&table::of(&planned));
     if let (Some(path), Some(best)) = (&args.picture, planned.plans.first()) {
@@ -134,6 +141,11 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         })?;
     }
     Ok(())
+}
+
+fn cluster(path: &Path) -> Result<Cluster, Failure> {
+    let text = texts::read(path, CLUSTER_BYTES_MAX)?;
+    Cluster::parse(&text).map_err(|error| Failure::from(error).about(&path.display().to_string()))
 }
 
 fn planned(catalogue: &Catalogue, cluster: &Cluster, task: &Task, wish: &Wish) -> Result<Vec<Plan>, Failure> {
@@ -153,7 +165,8 @@ fn changed(
 }
 
 fn task(args: &Args) -> Result<Task, Failure> {
-    let shape = Transformer { seq: f64::from(args.sequence), ..models::parse(&args.model)? };
+    let shape =
+        Transformer { seq: f64::from(args.sequence), ..models::parse(args.model.as_deref().unwrap_or_default())? };
     let tokens = match &args.tokens {
         None => TOKENS_PER_PARAMETER * shape.active_parameters(),
         Some(text) => units::parse_count(text).filter(|tokens| (1e6..=1e18).contains(tokens)).ok_or_else(|| {
