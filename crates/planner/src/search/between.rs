@@ -115,7 +115,7 @@ fn ways(task: &Task, sites: usize) -> impl Iterator<Item = Way> + use<> {
         bits: *bits,
         exchange: Exchange::Mesh,
     });
-    let fragments = (task.shape.layers / FRAGMENT_LAYERS).ceil() as u32;
+    let most = (task.shape.layers / FRAGMENT_LAYERS).ceil() as u32;
     let outer = BITS.iter().flat_map(move |bits| {
         INNER_STEPS.iter().flat_map(move |inner_steps| {
             let diloco = Way {
@@ -126,6 +126,7 @@ fn ways(task: &Task, sites: usize) -> impl Iterator<Item = Way> + use<> {
                 bits: *bits,
                 exchange: Exchange::Mesh,
             };
+            let fragments = fragments(*inner_steps, most);
             let streaming = Way { strategy: Strategy::Streaming, fragments, overlap_steps: OVERLAP_STEPS, ..diloco };
             [diloco, streaming]
         })
@@ -137,6 +138,11 @@ fn ways(task: &Task, sites: usize) -> impl Iterator<Item = Way> + use<> {
         .chain(outer)
         .flat_map(move |way| exchanges.iter().map(move |exchange| Way { exchange: *exchange, ..way }));
     all.take(several)
+}
+
+/// The most fragments, at most so many, of which each has a whole number of inner steps to itself, as run.toml wants it.
+fn fragments(inner_steps: u32, most: u32) -> u32 {
+    (1..=most.min(inner_steps)).rev().find(|count| inner_steps.is_multiple_of(*count)).unwrap_or(1)
 }
 
 fn round_case(task: &Task, sites: usize, step: Seconds, wan: Wan, way: Way) -> RoundCase {
@@ -158,5 +164,16 @@ fn round_case(task: &Task, sites: usize, step: Seconds, wan: Wan, way: Way) -> R
         hiding: Hiding::Snapshot,
         // f32 and bf16 travel as they are.
         coding: if sites > 1 && way.bits < 16 { CODING } else { BytesPerSecond(f64::INFINITY) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fragments_divide_the_inner_steps() {
+        assert_eq!(INNER_STEPS.iter().map(|steps| fragments(*steps, 27)).collect::<Vec<_>>(), [10, 15, 25, 25, 25, 25]);
+        assert_eq!((fragments(7, 3), fragments(100, 6)), (1, 5));
     }
 }

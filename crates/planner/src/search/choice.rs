@@ -129,7 +129,7 @@ fn plan(
         .collect();
     let mut plan = Plan {
         sites: parts?,
-        left_out: left_out(sites, team),
+        left_out: left_out(sites, tried, team),
         way: chosen.judged.way,
         step: team.step,
         round: chosen.judged.round,
@@ -174,11 +174,21 @@ fn site_plan(
     })
 }
 
-fn left_out(sites: &AbleSites<'_, '_>, team: &Team) -> Vec<LeftOut> {
+fn left_out(sites: &AbleSites<'_, '_>, tried: &Candidates, team: &Team) -> Vec<LeftOut> {
     let members = team.members();
     let rest = sites.able.iter().enumerate().filter(|(place, _)| !members.contains(place));
-    let slower = rest
-        .map(|(_, able)| LeftOut { name: able.site.name.clone(), why: "it would cost more than it brings".to_owned() });
+    let slower = rest.map(|(place, able)| {
+        let joins = |other: &Team| {
+            let others = other.members();
+            others.contains(&place) && members.iter().all(|member| others.contains(member))
+        };
+        let why = if tried.teams.iter().any(joins) {
+            "it would cost more than it brings"
+        } else {
+            "the others are through with a step before it has done one micro-batch"
+        };
+        LeftOut { name: able.site.name.clone(), why: why.to_owned() }
+    });
     slower.chain(sites.unable.iter().cloned()).collect()
 }
 
