@@ -8,6 +8,7 @@ mod commands;
 mod engines;
 mod failure;
 mod format;
+mod invites;
 mod models;
 mod output;
 mod overrides;

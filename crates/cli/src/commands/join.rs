@@ -2,6 +2,7 @@
 
 use crate::engines::EngineArgs;
 use crate::failure::Failure;
+use crate::invites::invite_of;
 use crate::output::Output;
 use crate::signals::{runtime, stop_requested};
 use crate::watch::warning_text;
@@ -12,7 +13,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use telemetry::log::system_unix_ms;
 use telemetry::{Event, EventLog, Record, Reporter, Watcher};
-use wire::{Invite, Proxy};
+use wire::Proxy;
 
 /// A month: longer than anybody leaves a coordinator alone.
 const COORDINATOR_WAIT_SECONDS_MAX: f64 = 30.0 * 86_400.0;
@@ -20,7 +21,7 @@ const COORDINATOR_WAIT_SECONDS_MAX: f64 = 30.0 * 86_400.0;
 /// Take part in a run: fetches everything, checks every hash, trains
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The invite that `beringia serve` printed.
+    /// The invite that `beringia serve` or `admit` printed; `@FILE` or `-` reads it from a file or standard input, and keeps it out of the list of processes.
     invite: String,
     /// Name of this site: letters, digits, '-', '_' and '.'.
     #[arg(long, default_value = "site")]
@@ -62,7 +63,7 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
-    let invite: Invite = args.invite.parse()?;
+    let invite = invite_of(&args.invite)?;
     let proxy = args.proxy.as_deref().map(str::parse::<Proxy>).transpose()?;
     if !(1.0..=1e4).contains(&args.slowdown) || !(0.0..=600.0).contains(&args.measure_seconds) {
         let message = "--slowdown must be 1 to 10000 and --measure-seconds 0 to 600";

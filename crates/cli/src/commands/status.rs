@@ -1,6 +1,7 @@
 //! `beringia status`: where a run stands, from its folder or, given an invite, from its coordinator.
 
 use crate::failure::Failure;
+use crate::invites::invite_of;
 use crate::output::Output;
 use crate::signals::runtime;
 use base::layout::EVENTS_FILE;
@@ -19,7 +20,7 @@ const TABLE_WIDTH: usize = 120;
 /// Show sites, round, speed, loss and hashes of a run
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of the run, or an invite.
+    /// Folder of the run, or an invite, or `@FILE` or `-`.
     run: String,
 }
 
@@ -27,7 +28,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let folder = Path::new(&args.run);
     if !folder.exists()
-        && let Ok(invite) = args.run.parse::<Invite>()
+        && let Ok(invite) = invite_of(&args.run)
     {
         return ask(&invite, output);
     }

@@ -118,9 +118,10 @@ fn an_invite_for_one_admits_one_and_who_is_revoked_leaves_for_good() {
     let coordinator = Coordinator::start(&place, "run", &[]);
     let first = coordinator.join(&place, "site-a", &[]);
     let invite = place.object(&["admit", "run", "--hours", "1"])["invite"].as_str().unwrap().to_owned();
+    fs::write(place.join("invite.txt"), format!("{invite}\n")).unwrap();
     // What was made a moment ago is known within a second.
     let second = wait_for("a place for site-b", || {
-        let mut site = join(&place, &invite, "site-b", &[]);
+        let mut site = join(&place, "@invite.txt", "site-b", &[]);
         let entered = || place.events("run").iter().any(|record| is_entry(&record.event, "site-b"));
         let decided = wait_for("a decision about site-b", || (site.has_ended() || entered()).then(entered));
         decided.then_some(site)

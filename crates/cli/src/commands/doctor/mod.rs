@@ -15,6 +15,7 @@ pub(crate) use numerics::reference_here;
 use super::devices::{self, Inventory};
 use crate::engines::EngineArgs;
 use crate::failure::Failure;
+use crate::invites::invite_of;
 use crate::output::Output;
 use crate::signals::runtime;
 use check::{Check, Status};
@@ -38,7 +39,7 @@ const SLOW_SECONDS: f64 = 4.0;
 /// Check this machine or, given an invite, the way to the coordinator, and compare their numbers
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The invite that `beringia serve` printed.
+    /// The invite that `beringia serve` or `admit` printed, or `@FILE` or `-`.
     invite: Option<String>,
     /// The host that you mean to advertise, to see which network card it is.
     #[arg(long, value_name = "HOST")]
@@ -76,7 +77,7 @@ struct Findings {
 /// Runs the command. It ends the process by itself where a check failed: the report is the command's one object, and a
 /// thread that hangs in a driver must not keep it.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
-    let invite = args.invite.as_deref().map(str::parse::<Invite>).transpose()?;
+    let invite = args.invite.as_deref().map(invite_of).transpose()?;
     let findings = examine(args, invite, output)?;
     let failed = findings.checks.iter().filter(|check| check.status == Status::Failed).count();
     report(&findings, failed, output);
