@@ -274,7 +274,13 @@ impl World {
         for command in commands {
             let Some(site) = self.sites.get_mut(&id) else { return };
             match command {
-                MemberCommand::Report(report) => self.tell_coordinator(Event::Reported(id, report)),
+                MemberCommand::Report(report) => {
+                    if let Report::Ready { round, .. } = report {
+                        // The engine begins anew from that state.
+                        (site.applied, site.engine) = (round, VecDeque::new());
+                    }
+                    self.tell_coordinator(Event::Reported(id, report));
+                }
                 MemberCommand::FetchState { commit, state_hash, from } => {
                     let held = (commit.round, state_hash);
                     // A real site offers the state that it holds now, and one that somebody is fetching.

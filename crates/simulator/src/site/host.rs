@@ -19,6 +19,9 @@ pub(crate) struct Progress {
     pub(crate) compute_seconds: f64,
 }
 
+/// A slice of a delta, and the tokens of its maker.
+pub(crate) type Slice = (u64, Arc<[u8]>);
+
 /// Jobs are done in order.
 #[derive(Debug, Clone)]
 pub(crate) enum HostJob {
@@ -38,7 +41,7 @@ pub(crate) enum HostJob {
         round: Round,
         fragment: FragmentPlan,
         values: Range<u64>,
-        slices: Vec<(u64, Arc<[u8]>)>,
+        slices: Vec<Slice>,
         generation: u64,
     },
     Install {
@@ -139,12 +142,7 @@ impl Host {
     }
 
     /// Merges the slices of a round's contributors, in their order. `None`: bytes that no encoder writes.
-    pub(crate) fn reduce(
-        &self,
-        fragment: FragmentPlan,
-        values: &Range<u64>,
-        slices: &[(u64, Arc<[u8]>)],
-    ) -> Option<Arc<[u8]>> {
+    pub(crate) fn reduce(&self, fragment: FragmentPlan, values: &Range<u64>, slices: &[Slice]) -> Option<Arc<[u8]>> {
         let codec = codec_of(&self.config, fragment);
         let mut merged = vec![0.0; (values.end - values.start) as usize];
         for (weight, (_, slice)) in self.weights(slices.iter().map(|(tokens, _)| *tokens)).iter().zip(slices) {

@@ -1,7 +1,7 @@
 //! A simulated site in a sharded round: slices come here, their merge goes out, and the merged parts of the others come in.
 
 use super::fetch::part_key;
-use super::host::{HostJob, codec_of};
+use super::host::{HostJob, Slice, codec_of};
 use super::{Key, SiteDisk, SiteProcess};
 use crate::around::Around;
 use base::{ContentHash, Round, SiteId};
@@ -63,7 +63,7 @@ impl SiteProcess {
         &mut self,
         round: Round,
         fragment: FragmentPlan,
-        (values, slices): (&Range<u64>, &[(u64, Arc<[u8]>)]),
+        (values, slices): (&Range<u64>, &[Slice]),
         disk: &mut SiteDisk,
         around: &mut Around,
     ) {
