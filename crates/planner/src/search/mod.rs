@@ -136,7 +136,7 @@ impl Objective {
     pub fn unit(self) -> &'static str {
         match self {
             Self::Time => "h",
-            Self::Cost => "of money",
+            Self::Cost => "units of money",
             Self::Energy => "kWh",
             Self::Carbon => "t of CO2",
         }
