@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod arrows;
+mod bench_chaos;
 mod bench_curves;
 mod bench_diloco;
 mod bench_emulated;
@@ -15,6 +16,7 @@ mod bench_engine;
 mod bench_link;
 mod bench_mixed;
 mod chart;
+mod faults;
 mod finding;
 mod fit;
 mod namespaces;
@@ -44,6 +46,8 @@ enum Task {
     Fix,
     /// Make the performance model's constants again from measured tables, and judge them on the rows that did not fit
     Fit(fit::Options),
+    /// Run the test of every fault and write docs/faults.md from what was seen
+    Faults(faults::Options),
     /// Measure, and print what was compared with what
     #[command(subcommand)]
     Bench(Bench),
@@ -64,6 +68,8 @@ enum Bench {
     /// Goodput of bulk transfer against iperf3 on the same shaped link; needs root
     #[cfg(target_os = "linux")]
     Link(bench_link::Options),
+    /// Tokens committed with a kill a minute over those without, and times of recovery
+    Chaos(Box<bench_chaos::Options>),
     /// Validation loss of sites of unlike engines against sites of one engine
     Curves(Box<bench_curves::Options>),
     /// Gbit/s that models of 1B to 100B need for 50 to 99 % utilisation, with steps that sleep, beside a published table. Needs root
@@ -77,6 +83,8 @@ fn main() -> ExitCode {
         Task::Verify(options) => verify::run(options).map_err(|error| (error.to_string(), error.hint())),
         Task::Fix => verify::fix().map_err(|error| (error.to_string(), error.hint())),
         Task::Fit(options) => fit::run(&options).map_err(|error| (error.to_string(), error.hint())),
+        Task::Faults(options) => faults::run(&options).map_err(|error| (error.to_string(), None)),
+        Task::Bench(Bench::Chaos(options)) => bench_chaos::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Engine { arguments }) => {
             bench_engine::run(&arguments).map_err(|error| (error.to_string(), None))
         }

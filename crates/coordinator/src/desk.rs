@@ -17,7 +17,7 @@ use rounds::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use telemetry::event::{Contributor, SiteShare};
+use telemetry::event::{Contributor, SampleSpan, SiteShare};
 use telemetry::{Event, LeaseShare};
 use wire::Secret;
 use wire::message::{FromCoordinator, FromSite, Greeting, Role, RunFile, SiteHello, Welcome};
@@ -513,11 +513,18 @@ impl Desk {
                     steps: assignment.steps,
                     samples_per_step: assignment.samples.div_ceil(assignment.steps.max(1)),
                     samples: assignment.samples,
+                    ranges: assignment
+                        .lease
+                        .iter()
+                        .map(|range| SampleSpan { start: range.start, end: range.end })
+                        .collect(),
                     share: assignment.share,
                 });
                 Event::RoundStarted { round: plan.round, term: plan.term, leases: leases.collect() }
             }
             Note::Committed { commit, seconds, totals } => {
+                let (round, term, cursor) = (commit.round, commit.term, commit.cursor);
+                outlet.tell(Event::RoundClosed { round, term, contributors: weighed(&commit), cursor });
                 self.unsettled.insert(commit.round, (commit, seconds));
                 let LedgerTotals { leased, committed, returned, lost, .. } = totals;
                 Event::Ledger { leased, committed, returned, lost }
@@ -537,16 +544,10 @@ impl Desk {
     /// A commit is told to people once all sites hold the same state.
     fn agreed(&mut self, round: Round, state_hash: ContentHash) -> Option<Event> {
         let (commit, seconds) = self.unsettled.remove(&round)?;
-        let tokens: u64 = commit.contributors.iter().map(|contributor| contributor.tokens).sum();
-        let weigh = |contributor: &rounds::Contributor| Contributor {
-            site: contributor.site,
-            tokens: contributor.tokens,
-            weight: contributor.tokens as f64 / tokens.max(1) as f64,
-        };
         Some(Event::RoundCommitted {
             round: commit.round,
             term: commit.term,
-            contributors: commit.contributors.iter().map(weigh).collect(),
+            contributors: weighed(&commit),
             cursor: commit.cursor,
             state_hash,
             seconds,
@@ -582,6 +583,17 @@ impl Desk {
         });
         summary
     }
+}
+
+/// The contributors of a commit with their weights in the merge.
+fn weighed(commit: &Commit) -> Vec<Contributor> {
+    let tokens: u64 = commit.contributors.iter().map(|contributor| contributor.tokens).sum();
+    let weigh = |contributor: &rounds::Contributor| Contributor {
+        site: contributor.site,
+        tokens: contributor.tokens,
+        weight: contributor.tokens as f64 / tokens.max(1) as f64,
+    };
+    commit.contributors.iter().map(weigh).collect()
 }
 
 /// Notes that need nothing but themselves to be told.
@@ -624,10 +636,7 @@ fn event_of(note: Note) -> Option<Event> {
             let exchange = if is_sharded { "sharded" } else { "mesh" }.to_owned();
             Event::ExchangeChosen { round, exchange, reason }
         }
-        Note::RolledBack { from, to } => Event::Warning {
-            message: format!("no site holds round {from} any more: the run goes back to round {to}"),
-            hint: Some("save more often: lower [checkpoint] every_rounds".to_owned()),
-        },
+        Note::RolledBack { from, to } => Event::RolledBack { from, to },
         Note::Regrouped { round } => Event::Warning {
             message: format!(
                 "no site here can get what the commit of round {round} needs: all are asked what they hold"
@@ -640,10 +649,7 @@ fn event_of(note: Note) -> Option<Event> {
             ),
             hint: None,
         },
-        Note::RoundAbandoned { round } => Event::Warning {
-            message: format!("every working site left during round {round}; its samples will be leased again"),
-            hint: Some("run the same `beringia join` again on the sites".to_owned()),
-        },
+        Note::RoundAbandoned { round } => Event::RoundAbandoned { round },
         _ => return None,
     })
 }

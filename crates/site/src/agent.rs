@@ -141,6 +141,9 @@ pub enum AgentError {
     /// The engine or the data.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// It was asked to stop before it took part.
+    #[error("asked to stop before it was ready")]
+    Stopped,
     /// The coordinator went on without this site.
     #[error("the run goes on without this site: {}", describe(*.0))]
     Dropped(LeaveReason),
@@ -170,6 +173,7 @@ impl Hint for AgentError {
             Self::Objects(error) => error.hint(),
             Self::Folder(error) => error.hint(),
             Self::Train(error) => error.hint(),
+            Self::Stopped => Some("run the same `beringia join` again: nothing was changed".to_owned()),
             Self::Dropped(_) => {
                 Some("run the same `beringia join` again: it goes on from its last checkpoint".to_owned())
             }
@@ -228,6 +232,21 @@ pub async fn join(
     reporter: Reporter,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<Outcome, AgentError> {
+    let mut stop = std::pin::pin!(stop);
+    // Until there is something to save, whoever is asked to stop is gone at once.
+    let (agent, listener, directives) = tokio::select! {
+        begun = begin(options, make_engine, reporter) => begun?,
+        () = &mut stop => return Err(AgentError::Stopped),
+    };
+    agent.run(listener, directives, stop).await
+}
+
+/// Everything before the first job of the engine's thread, which is given here.
+async fn begin(
+    options: JoinOptions,
+    make_engine: EngineFactory,
+    reporter: Reporter,
+) -> Result<(Agent, Option<Listener>, mpsc::Receiver<Received>), AgentError> {
     std::fs::create_dir_all(options.folder.root())
         .map_err(|source| JoinError::Write { path: options.folder.root().to_owned(), source })?;
     let identity = Identity::load_or_create(options.folder.root())?;
@@ -274,7 +293,7 @@ pub async fn join(
         seconds: options.measure_seconds,
         evaluate: first,
     });
-    agent.run(listener, directives, std::pin::pin!(stop)).await
+    Ok((agent, listener, directives))
 }
 
 /// The engine's thread hangs before there is an engine to interrupt: it ends with this process.
@@ -639,13 +658,17 @@ impl Agent {
 
     async fn leave(mut self) -> Result<Outcome, AgentError> {
         let Some(Ending { reports, result }) = self.ending.take() else { return Err(AgentError::Internal) };
-        for report in reports {
-            self.tell(&FromSite::Report(report)).await;
-        }
-        if let Some(sender) = &mut self.coordinator.sender {
-            // The coordinator learns of the end from the report; a connection that is gone already is no loss.
-            let _closed = sender.close().await;
-        }
+        let said = async {
+            for report in reports {
+                self.tell(&FromSite::Report(report)).await;
+            }
+            if let Some(sender) = &mut self.coordinator.sender {
+                // The coordinator learns of the end from the report; a connection that is gone already is no loss.
+                let _closed = sender.close().await;
+            }
+        };
+        // A coordinator that does not listen does not keep a site that was asked to leave.
+        let _in_time = tokio::time::timeout(FAREWELL_TIME_MAX, said).await;
         let finished = result?;
         let (round, state_hash) = self.held;
         Ok(Outcome {

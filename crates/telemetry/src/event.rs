@@ -42,8 +42,20 @@ pub struct LeaseShare {
     /// Samples of the whole round.
     #[serde(default)]
     pub samples: u64,
+    /// Exactly which samples: ascending ranges. Those that came back from another lease need not be next to the others.
+    #[serde(default)]
+    pub ranges: Vec<SampleSpan>,
     /// Part of the joint batch, 0 to 1.
     pub share: f64,
+}
+
+/// Samples `start..end` of the run's order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SampleSpan {
+    /// The first.
+    pub start: u64,
+    /// One past the last.
+    pub end: u64,
 }
 
 /// A site whose delta was merged.
@@ -244,7 +256,30 @@ events! {
         /// Why, in words with their numbers.
         reason: String,
     }
-    /// A round closed.
+    /// A commit is in the coordinator's log. What sites hold after it, `round_committed` says later.
+    RoundClosed = "round_closed" {
+        /// The round.
+        round: Round,
+        /// Its coordinator's term.
+        term: Term,
+        /// Whose deltas are merged.
+        contributors: Vec<Contributor>,
+        /// Samples consumed so far: where the next lease begins.
+        cursor: u64,
+    }
+    /// Every working site left while a round was open: it is planned anew.
+    RoundAbandoned = "round_abandoned" {
+        /// Which.
+        round: Round,
+    }
+    /// No site holds the last commits any more: they are void, and their samples are leased again.
+    RolledBack = "rolled_back" {
+        /// The last commit before.
+        from: Round,
+        /// The last commit now.
+        to: Round,
+    }
+    /// A round closed, and all sites hold the same state after it.
     RoundCommitted = "round_committed" {
         /// The round.
         round: Round,
@@ -450,6 +485,14 @@ impl Event {
             }
             Self::Straggler { round, site, reason, waited_seconds } => told(format!(
                 "round {round} closed without site {site} after {waited_seconds:.1} s ({reason}): its work counts later"
+            )),
+            Self::RolledBack { from, to } => Some((
+                format!("no site holds round {from} any more: the run goes back to round {to}"),
+                Some("save more often: lower [checkpoint] every_rounds".to_owned()),
+            )),
+            Self::RoundAbandoned { round } => Some((
+                format!("every working site left during round {round}; its samples will be leased again"),
+                Some("run the same `beringia join` again on the sites".to_owned()),
             )),
             Self::EngineHung { site, engine, call, step, seconds } => told(format!(
                 "site {site}: engine {engine} did not come back from '{call}' at inner step {step} for {seconds:.0} s"

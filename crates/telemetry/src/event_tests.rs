@@ -36,7 +36,10 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::MicroBatchReduced { .. }
         | Event::EngineRestarted { .. }
         | Event::EngineHung { .. }
-        | Event::RunFinished { .. } => 28,
+        | Event::RoundClosed { .. }
+        | Event::RoundAbandoned { .. }
+        | Event::RolledBack { .. }
+        | Event::RunFinished { .. } => 31,
     };
     let (site, round, term) = (SiteId(2), Round(3), Term(1));
     let events = vec![
@@ -78,6 +81,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
                 steps: 20,
                 samples_per_step: 2,
                 samples: 40,
+                ranges: vec![SampleSpan { start: 10, end: 50 }],
                 share: 0.25,
             }],
         },
@@ -95,6 +99,14 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::DeltaFetched { round, from_site: site, bytes: 4_000_000, seconds: 0.1 },
         Event::RouteChosen { from_site: site, route: "direct".to_owned(), reason: "20.00 Mbit/s".to_owned() },
         Event::ExchangeChosen { round, exchange: "sharded".to_owned(), reason: "4 sites, bf16".to_owned() },
+        Event::RoundClosed {
+            round,
+            term,
+            contributors: vec![Contributor { site, tokens: 10_240, weight: 1.0 }],
+            cursor: 50,
+        },
+        Event::RoundAbandoned { round },
+        Event::RolledBack { from: round, to: Round(1) },
         Event::RoundCommitted {
             round,
             term,

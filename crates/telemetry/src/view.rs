@@ -284,6 +284,10 @@ impl RunView {
                 self.apply_step(*step, *loss_nats, Span { tokens: *tokens, seconds: *seconds });
             }
             Event::RoundComputed { loss_nats, .. } => self.loss_nats = Some(*loss_nats),
+            Event::RoundClosed { round, term, .. } => {
+                (self.state, self.round, self.term) = (RunState::Training, *round, *term);
+            }
+            Event::RolledBack { to, .. } => self.round = *to,
             Event::RoundCommitted { round, term, contributors, state_hash, seconds, tokens_total, .. } => {
                 let tokens = contributors.iter().map(|contributor| contributor.tokens).sum();
                 push_bounded(&mut self.round_spans, Span { tokens, seconds: *seconds }, SPEED_SPANS);

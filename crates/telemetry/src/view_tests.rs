@@ -50,7 +50,16 @@ fn committed(round: u64, tokens: [u64; 2], seconds: f64, tokens_total: u64) -> E
 }
 
 fn lease(site: u32, share: f64) -> LeaseShare {
-    LeaseShare { site: SiteId(site), start: 0, end: 8, steps: 4, samples_per_step: 2, samples: 8, share }
+    LeaseShare {
+        site: SiteId(site),
+        start: 0,
+        end: 8,
+        steps: 4,
+        samples_per_step: 2,
+        samples: 8,
+        ranges: Vec::new(),
+        share,
+    }
 }
 
 #[test]
@@ -153,7 +162,7 @@ fn every_event_changes_the_view_it_should() {
         assert!(changed, "{} changes nothing", event.name());
     }
     assert_eq!(view.state, RunState::Finished);
-    assert_eq!((view.divergences, view.warnings_total), (1, 8));
+    assert_eq!((view.divergences, view.warnings_total), (1, 10));
     assert_eq!(view.validation.as_ref().unwrap().bits_per_byte_start, 2.2);
     let json = view.to_json();
     assert_eq!(json["sites"][0]["state"], "left");

@@ -4,7 +4,7 @@ use crate::engines::EngineArgs;
 use crate::failure::Failure;
 use crate::invites::invite_of;
 use crate::output::Output;
-use crate::signals::{runtime, stop_requested};
+use crate::signals::{SAVE_SECONDS_MAX, runtime, stop_overdue, stop_requested};
 use crate::watch::warning_text;
 use base::layout::EVENTS_FILE;
 use site::{JoinOptions, RunFolder};
@@ -57,6 +57,9 @@ pub(crate) struct Args {
     /// Least time after which a call of the engine is taken for hung; 45 unless given. Raise it where one step takes longer.
     #[arg(long, value_name = "SECONDS")]
     hang_seconds: Option<f64>,
+    /// After SIGTERM or Ctrl-C, time for saving before it leaves as it is.
+    #[arg(long, value_name = "SECONDS", default_value_t = SAVE_SECONDS_MAX, hide = true)]
+    leave_seconds: f64,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -72,6 +75,9 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     if !(0.0..=COORDINATOR_WAIT_SECONDS_MAX).contains(&args.coordinator_wait) {
         let message = format!("--coordinator-wait must be 0 to {COORDINATOR_WAIT_SECONDS_MAX}");
         return Err(Failure::new(message, "leave it out: an hour"));
+    }
+    if !(0.0..=SAVE_SECONDS_MAX).contains(&args.leave_seconds) {
+        return Err(Failure::new(format!("--leave-seconds must be 0 to {SAVE_SECONDS_MAX}"), "leave it out"));
     }
     let folder = args.folder.clone().unwrap_or_else(|| PathBuf::from(format!("{}-{}", invite.run(), args.name)));
     std::fs::create_dir_all(&folder).map_err(|error| {
@@ -105,8 +111,14 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
         hang,
     };
     let runtime = runtime()?;
+    let overdue = Duration::from_secs_f64(args.leave_seconds);
     let joined = site::join(options, args.engine.factory(), reporter, stop_requested());
-    let outcome = runtime.block_on(joined);
+    let outcome = runtime.block_on(async {
+        tokio::select! {
+            joined = joined => joined.map_err(Failure::from),
+            () = stop_overdue(overdue) => Err(not_saved(overdue)),
+        }
+    });
     runtime.shutdown_background();
     let outcome = outcome?;
     output.object(&serde_json::json!({
@@ -123,6 +135,15 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     output.line(format_args!("round {}, state {}: {how}", outcome.round, outcome.state_hash.short()));
     output.line(format_args!("try it: beringia sample {} \"The \"", folder.display()));
     Ok(())
+}
+
+/// The engine is in a call that is longer, or what is saved is larger: the process ends without it.
+fn not_saved(patience: Duration) -> Failure {
+    let seconds = patience.as_secs_f64();
+    Failure::new(
+        format!("asked to stop, and not done with saving after {seconds} s: it leaves with its last checkpoint"),
+        "run the same `beringia join` again: it goes on from its last checkpoint, and fetches what is newer",
+    )
 }
 
 /// A site's events as plain lines: one a round, not one a step.

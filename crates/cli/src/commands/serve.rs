@@ -4,13 +4,14 @@ use super::doctor;
 use crate::failure::Failure;
 use crate::models::refresh_initial_state;
 use crate::output::Output;
-use crate::signals::{runtime, stop_requested};
+use crate::signals::{SAVE_SECONDS_MAX, runtime, stop_overdue, stop_requested};
 use crate::watch::Watch;
 use base::layout::EVENTS_FILE;
 use coordinator::{ReferenceSource, RunFiles, ServeOptions};
 use site::RunFolder;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 use telemetry::log::system_unix_ms;
 use telemetry::{EventLog, Reporter};
 use wire::Identity;
@@ -53,10 +54,16 @@ pub(crate) struct Args {
     /// Stop after this many minutes of training, at the end of a round.
     #[arg(long, value_name = "M")]
     minutes: Option<f64>,
+    /// After SIGTERM or Ctrl-C, time for the open round to close and the sites to leave, before it leaves as it is.
+    #[arg(long, value_name = "SECONDS", default_value_t = SAVE_SECONDS_MAX, hide = true)]
+    leave_seconds: f64,
 }
 
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
+    if !(0.0..=SAVE_SECONDS_MAX).contains(&args.leave_seconds) {
+        return Err(Failure::new(format!("--leave-seconds must be 0 to {SAVE_SECONDS_MAX}"), "leave it out"));
+    }
     let folder = RunFolder::new(&args.run);
     refresh_initial_state(&folder, &folder.config()?.0, output)?;
     let mut files = RunFiles::open(&args.run)?;
@@ -94,8 +101,22 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     };
     let served =
         coordinator::serve(files, identity, (Box::new(store), lines), options, reporter, on_invite, stop_requested());
-    let summary = runtime.block_on(served)?;
+    let overdue = Duration::from_secs_f64(args.leave_seconds);
+    let served = runtime.block_on(async {
+        tokio::select! {
+            served = served => served.map(Some),
+            () = stop_overdue(overdue) => Ok(None),
+        }
+    });
     runtime.shutdown_background();
+    let Some(summary) = served? else {
+        output.object(&serde_json::json!({ "run": name, "finished": false, "left_in_mid_round": true }));
+        output.line(
+            "the round is still open: left in the middle of it. The log has every commit; the same command on the same",
+        );
+        output.line("port goes on from here, and the sites, which keep what they hold, find it");
+        return Ok(());
+    };
     let ledger = summary.ledger;
     output.object(&serde_json::json!({
         "run": name,

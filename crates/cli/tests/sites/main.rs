@@ -11,6 +11,8 @@ mod adaptive;
 mod emulated;
 mod faults;
 mod identical;
+mod lab_faults;
+mod leaving;
 mod links;
 mod mixed;
 #[path = "../support/moto.rs"]

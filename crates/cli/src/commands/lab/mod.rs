@@ -4,13 +4,22 @@
 //! talk over real sockets, watches the coordinator's event log, and reports. Sites are made unequal by an artificial delay
 //! (site i takes 2^i times as long for a step), so that together they ask for less than the machine has: what they lose by
 //! working together then is due to Beringia, not to a lack of cores. With `--site`, each site has the engine that is named, at
-//! the speed that it has. With `--link`, what the sites say to each other goes over links of a given rate and delay.
+//! the speed that it has. With `--link`, what the sites say to each other goes over links of a given rate and delay. With `--kill`,
+//! `--stop`, `--cut` and `--chaos` things go wrong meanwhile (docs/lab.md). At the end the invariants of the run are checked.
 
+mod audit;
+mod bare;
+mod crew;
+mod faults;
+mod process;
 mod report;
 mod spec;
 mod wan;
 
-use self::report::{Report, TrainingSpan};
+use self::crew::{Crew, Incidents, Progress};
+use self::faults::{FaultArgs, Faults};
+use self::process::{CHILD_GRACE, Process};
+use self::report::{FaultSection, Report, TrainingSpan};
 use self::spec::SiteSpec;
 use self::wan::{LinkReport, Links, Wan};
 use crate::commands::init::{InitOptions, ModelSource, Size, create};
@@ -23,11 +32,11 @@ use base::RunConfig;
 use base::layout::{EVENTS_FILE, RUN_FILE};
 use data::{Corpus, TokenizerSource};
 use site::RunFolder;
-use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::{Duration, Instant};
-use telemetry::{Event, Follower, Record};
+use std::process::Command;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use telemetry::{Event, Finding, Follower, Record, RunLogs};
 
 /// Rust sources used where no `--data` is given: 6 MB take about 3 s to tokenise and are more than the lab trains on.
 const CARGO_SOURCES_BYTES: u64 = 6 << 20;
@@ -38,11 +47,11 @@ const INNER_STEPS: u64 = 20;
 /// Most sites: each is a process with a model of its own.
 const SITES_MAX: u32 = 16;
 
-/// A child that has been told to stop has this long.
-const CHILD_GRACE: Duration = Duration::from_secs(30);
+/// How often the coordinator's log is looked at: a fault comes at most this late.
+const POLL: Duration = Duration::from_millis(50);
 
-/// How often the coordinator's log is looked at.
-const POLL: Duration = Duration::from_millis(200);
+/// A run has healed when the next commit comes within so many of the coordinator's deadlines (invariant I5).
+const DEADLINES_TO_HEAL: f64 = 2.0;
 
 /// A run whose log says nothing for this long is stuck.
 const SILENCE_MAX: Duration = Duration::from_secs(180);
@@ -81,11 +90,18 @@ pub(crate) struct Args {
     /// Time for measuring each site alone, before and after the run.
     #[arg(long, value_name = "SECONDS", default_value_t = 4.0, hide = true)]
     measure_seconds: f64,
+    #[command(flatten)]
+    faults: FaultArgs,
 }
 
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let lab = Lab::new(&args)?;
+    if let Some((seed, period)) = lab.faults.chaos {
+        output.line(format_args!(
+            "chaos      one kill in {period} s from seed {seed} (--chaos-seed {seed} gives the same)"
+        ));
+    }
     let config = lab.make_run(&args, output)?;
     let before = lab.measure_alone(&config, output)?;
     let config = lab.plan(config, &args, &before)?;
@@ -101,10 +117,10 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let links = wan.map(|wan| wan.report()).unwrap_or_default();
     let after = lab.measure_alone(&config, output)?;
     let alone: Vec<f64> = before.iter().zip(after).map(|(before, after)| (before + after) / 2.0).collect();
-    let report = lab.report(&watched, &alone, links);
+    let report = lab.report(&config, &watched, &alone, links)?;
     output.object(&report);
     report.print(output);
-    if report.identical { Ok(()) } else { Err(Failure::new(report.verdict, "keep the folder and report it as a bug")) }
+    if report.is_good() { Ok(()) } else { Err(Failure::new(report.verdict, "keep the folder and report it as a bug")) }
 }
 
 struct Lab {
@@ -116,6 +132,8 @@ struct Lab {
     threads: usize,
     /// What lies between the sites; nothing but loopback unless given.
     links: Option<Links>,
+    /// What goes wrong while they train.
+    faults: Faults,
 }
 
 /// What was seen while training.
@@ -124,12 +142,13 @@ struct Watched {
     watch: Watch,
     records: Vec<Record>,
     outcomes: Vec<serde_json::Value>,
+    incidents: Incidents,
 }
 
 impl Watched {
     fn new(log: &Path, config: &RunConfig, output: &Output) -> Self {
         let (follower, watch) = (Follower::new(log), Watch::new(output, config));
-        Self { follower, watch, records: Vec::new(), outcomes: Vec::new() }
+        Self { follower, watch, records: Vec::new(), outcomes: Vec::new(), incidents: Incidents::default() }
     }
 
     /// Takes what is new in the log; tells whether there was anything.
@@ -145,53 +164,11 @@ impl Watched {
     fn sites_ready(&self) -> usize {
         self.records.iter().filter(|record| matches!(record.event, Event::SiteReady { .. })).count()
     }
-}
 
-/// A child process that does not outlive the lab.
-struct Process {
-    name: String,
-    child: Child,
-    stdout: BufReader<ChildStdout>,
-}
-
-impl Process {
-    fn start(name: &str, command: &mut Command, log: &Path) -> Result<Self, Failure> {
-        let failed = |error: std::io::Error| {
-            Failure::new(
-                format!("{name} could not be started: {error}"),
-                "see that the machine has memory left: `free -h`",
-            )
-        };
-        let stderr = std::fs::File::create(log).map_err(failed)?;
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).spawn().map_err(failed)?;
-        let Some(stdout) = child.stdout.take() else { unreachable!("stdout was asked to be piped") };
-        Ok(Self { name: name.to_owned(), child, stdout: BufReader::new(stdout) })
-    }
-
-    /// Waits for the end and gives the last line of standard output as JSON.
-    fn object(mut self, log: &Path) -> Result<serde_json::Value, Failure> {
-        let mut text = String::new();
-        // What cannot be read shows as a missing object below.
-        let _unreadable = self.stdout.read_to_string(&mut text);
-        let status = self.child.wait();
-        let object = text.lines().last().and_then(|line| serde_json::from_str(line).ok());
-        match (status, object) {
-            (Ok(status), Some(object)) if status.success() => Ok(object),
-            (status, _) => {
-                let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-                Err(Failure::new(format!("{} failed ({status})", self.name), format!("read {}", log.display())))
-            }
-        }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Only a process that is still there is ended; one that was waited for is not.
-        if let Ok(None) = self.child.try_wait() {
-            let _gone = self.child.kill();
-            let _gone = self.child.wait();
-        }
+    /// When the first round began, milliseconds since 1970-01-01 UTC.
+    fn training_since(&self) -> Option<u64> {
+        let began = self.records.iter().find(|record| matches!(record.event, Event::RoundStarted { .. }));
+        began.map(|record| record.unix_ms)
     }
 }
 
@@ -211,7 +188,9 @@ impl Lab {
         let sites = name_sites(args)?;
         let names: Vec<String> = sites.iter().map(|site| site.name.clone()).collect();
         let links = args.link.as_ref().map(|link| wan::read_links(link, &names)).transpose()?;
-        Ok(Self { folder, measure_seconds: args.measure_seconds, binary, sites, threads, links })
+        let seconds = args.rounds.is_none().then_some(60.0 * args.minutes);
+        let faults = args.faults.resolve(&names, links.is_some(), seconds, fresh_seed())?;
+        Ok(Self { folder, measure_seconds: args.measure_seconds, binary, sites, threads, links, faults })
     }
 
     fn run_folder(&self) -> PathBuf {
@@ -220,10 +199,6 @@ impl Lab {
 
     fn site_folder(&self, site: &SiteSpec) -> PathBuf {
         self.folder.join(&site.name)
-    }
-
-    fn log(&self, name: &str) -> PathBuf {
-        self.folder.join(format!("{name}.log"))
     }
 
     fn make_run(&self, args: &Args, output: &Output) -> Result<RunConfig, Failure> {
@@ -273,8 +248,7 @@ impl Lab {
             let mut command = self.site_command(site, &["--json", "measure"]);
             command.arg(self.run_folder()).args(site.engine_arguments(self.threads(site)));
             command.args(["--samples", &samples.to_string(), "--seconds", &self.measure_seconds.to_string()]);
-            let (name, log) = (format!("measure-{}", site.name), self.log(&format!("measure-{}", site.name)));
-            let object = Process::start(&name, &mut command, &log)?.object(&log)?;
+            let object = Process::start(&format!("measure-{}", site.name), &mut command, &self.folder)?.object()?;
             let speed = object["tokens_per_second"].as_f64().unwrap_or_default();
             let SiteSpec { name, engine, slowdown, .. } = site;
             let delay = match *slowdown > 1.0 {
@@ -310,69 +284,73 @@ impl Lab {
 
     /// Starts everybody, watches until the coordinator ends, and collects what the sites say at their end.
     fn train(&self, config: &RunConfig, wan: Option<&Wan>, output: &Output) -> Result<Watched, Failure> {
-        let mut serve = Command::new(&self.binary);
-        serve.arg("serve").arg(self.run_folder()).args(["--listen", "127.0.0.1:0"]);
-        if wan.is_some() {
-            serve.args(["--advertise", wan::COORDINATOR]);
-        }
-        let log = self.log("coordinator");
-        let mut coordinator = Process::start("the coordinator", &mut serve, &log)?;
-        let invite = read_invite(&mut coordinator, &log)?;
+        let mut crew = Crew::new(&self.folder, self.sites.len(), wan, self.faults.clone());
         let mut watched = Watched::new(&self.run_folder().join(EVENTS_FILE), config, output);
-        let mut sites = Vec::new();
+        let again = |invite: &str| self.serve_command(&listening(invite), wan.is_some());
+        let invite = crew.start_coordinator(&mut self.serve_command("127.0.0.1:0", wan.is_some()), again)?;
         for (index, site) in self.sites.iter().enumerate() {
-            let mut join = self.site_command(site, &["--json", "join", &invite, "--name", &site.name]);
-            join.arg("--folder").arg(self.site_folder(site)).args(["--listen", "127.0.0.1:0"]);
-            join.args(site.engine_arguments(self.threads(site)));
-            join.args(["--measure-seconds", &(self.measure_seconds / 2.0).to_string()]);
-            if let Some(wan) = wan {
-                // Under this name the other sites' relays know it.
-                join.args(["--advertise", &site.name, "--proxy", &wan.proxy(index)]);
-            }
-            sites.push(Process::start(&site.name, &mut join, &self.log(&site.name))?);
+            crew.start_site(index, &site.name, self.join_command(index, &invite, wan))?;
             // One after the other: each measures its speed on a quiet machine.
-            let wanted = sites.len();
-            self.follow(&mut watched, &mut coordinator, &mut sites, |watched| watched.sites_ready() >= wanted)?;
+            let wanted = index + 1;
+            self.follow(config, &mut watched, &mut crew, |watched| watched.sites_ready() >= wanted)?;
         }
-        self.follow(&mut watched, &mut coordinator, &mut sites, |_| false)?;
+        self.follow(config, &mut watched, &mut crew, |_| false)?;
         watched.watch.finish();
-        for (process, site) in sites.into_iter().zip(&self.sites) {
-            // A site that failed is part of the report: it has no hash.
-            let outcome = process.object(&self.log(&site.name));
-            watched.outcomes.push(outcome.unwrap_or(serde_json::Value::Null));
-        }
+        (watched.outcomes, watched.incidents) = crew.finish();
         Ok(watched)
     }
 
-    /// Follows the coordinator's log until `enough`, or until the coordinator ends.
+    fn serve_command(&self, listen: &str, over_links: bool) -> Command {
+        let mut serve = Command::new(&self.binary);
+        serve.arg("serve").arg(self.run_folder()).args(["--listen", listen]);
+        if over_links {
+            serve.args(["--advertise", wan::COORDINATOR]);
+        }
+        serve
+    }
+
+    fn join_command(&self, index: usize, invite: &str, wan: Option<&Wan>) -> Command {
+        let site = &self.sites[index];
+        let mut join = self.site_command(site, &["--json", "join", invite, "--name", &site.name]);
+        join.arg("--folder").arg(self.site_folder(site)).args(["--listen", "127.0.0.1:0"]);
+        join.args(site.engine_arguments(self.threads(site)));
+        join.args(["--measure-seconds", &(self.measure_seconds / 2.0).to_string()]);
+        if let Some(wan) = wan {
+            // Under this name the other sites' relays know it.
+            join.args(["--advertise", &site.name, "--proxy", &wan.proxy(index)]);
+        }
+        join
+    }
+
+    /// Follows the coordinator's log until `enough`, or until the coordinator ends; lets the faults happen meanwhile.
     fn follow(
         &self,
+        config: &RunConfig,
         watched: &mut Watched,
-        coordinator: &mut Process,
-        sites: &mut [Process],
+        crew: &mut Crew,
         enough: impl Fn(&Watched) -> bool,
     ) -> Result<(), Failure> {
         let mut heard = Instant::now();
-        let sites_wanted = sites.len();
         loop {
             // Asked before the log is read, so that nothing written before the end is missed.
-            let ended = matches!(coordinator.child.try_wait(), Ok(Some(_)));
+            let is_over = crew.is_over();
             if watched.poll()? {
                 heard = Instant::now();
             }
-            if ended || enough(watched) {
+            if is_over || enough(watched) {
                 return Ok(());
             }
-            let failed = |site: &mut Process| matches!(site.child.try_wait(), Ok(Some(status)) if !status.success());
-            if watched.sites_ready() < sites_wanted
-                && let Some(dead) = sites.iter_mut().position(failed)
-            {
-                let name = &sites[dead].name;
-                let message = format!("{name} ended before it was ready");
-                return Err(Failure::new(message, format!("read {}", self.log(name).display())));
+            match watched.training_since() {
+                Some(began) => crew.training_began(began),
+                None => {
+                    if let Some(site) = crew.failed_site() {
+                        return Err(site.failure("ended before it was ready"));
+                    }
+                }
             }
-            let all_gone = sites.iter_mut().all(|site| matches!(site.child.try_wait(), Ok(Some(_))));
-            if heard.elapsed() > if all_gone { CHILD_GRACE } else { SILENCE_MAX } {
+            let rounds_planned = config.rounds_total();
+            crew.act(Progress { rounds: watched.watch.view().round.0, rounds_planned })?;
+            if heard.elapsed() > if crew.is_deserted() { CHILD_GRACE } else { SILENCE_MAX } {
                 let message = "the coordinator says nothing any more";
                 return Err(Failure::new(message, format!("read the logs in {}", self.folder.display())));
             }
@@ -380,10 +358,47 @@ impl Lab {
         }
     }
 
-    fn report(&self, watched: &Watched, alone: &[f64], links: Vec<LinkReport>) -> Report {
+    fn report(
+        &self,
+        config: &RunConfig,
+        watched: &Watched,
+        alone: &[f64],
+        links: Vec<LinkReport>,
+    ) -> Result<Report, Failure> {
+        let names: Vec<&str> = self.sites.iter().map(|site| site.name.as_str()).collect();
+        let logs = audit::read_logs(&self.run_folder(), &self.folder, &names)?;
         let span = TrainingSpan::of(&watched.records);
-        Report::new(self, watched, &span, alone, links)
+        let findings = self.audit(config, &logs, &watched.incidents, &span);
+        let faults = (!self.faults.is_empty()).then(|| {
+            let bytes = bare::state_bytes(config);
+            let transfer_seconds = bare::transfer_seconds(bytes, &links);
+            FaultSection::new(&self.faults, &watched.incidents, &logs, (bytes, transfer_seconds))
+        });
+        Ok(Report::new(self, watched, &span, alone, (links, faults, findings)))
     }
+
+    fn audit(&self, config: &RunConfig, logs: &RunLogs, incidents: &Incidents, span: &TrainingSpan) -> Vec<Finding> {
+        let names: Vec<&str> = self.sites.iter().map(|site| site.name.as_str()).collect();
+        let deadline = rounds::coordinator::DEADLINE_FACTOR * span.round_seconds() + config.sync.deadline_seconds;
+        let last = incidents.observed.iter().filter_map(|fault| fault.mended_unix_ms).max();
+        let healed = last.map(|mended| (mended, DEADLINES_TO_HEAL * deadline));
+        audit::check((&self.run_folder(), &self.folder), &names, logs, incidents, healed)
+    }
+}
+
+/// Where the coordinator of an invite listens on this machine, whatever name the sites know it by.
+fn listening(invite: &str) -> String {
+    let port = invite.parse::<wire::Invite>().ok().and_then(|invite| {
+        let (_, port) = invite.address().rsplit_once(':')?;
+        port.parse().ok()
+    });
+    SocketAddr::from(([127, 0, 0, 1], port.unwrap_or_default())).to_string()
+}
+
+/// A seed that nobody has chosen.
+fn fresh_seed() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    base::random::mix64(since.as_nanos() as u64) >> 32
 }
 
 /// Tokens of the vocabulary: of the smallest model few, so that a minute of training is spent on it and not on rare tokens.
@@ -432,19 +447,4 @@ fn name_sites(args: &Args) -> Result<Vec<SiteSpec>, Failure> {
 fn free_folder() -> PathBuf {
     let folders = (1u32..).map(|number| PathBuf::from(format!("lab/{number:03}")));
     folders.into_iter().find(|folder| !folder.exists()).unwrap_or_else(|| unreachable!("numbers do not end"))
-}
-
-/// The invite in the coordinator's first lines.
-fn read_invite(coordinator: &mut Process, log: &Path) -> Result<String, Failure> {
-    let mut line = String::new();
-    loop {
-        line.clear();
-        match coordinator.stdout.read_line(&mut line) {
-            Ok(read) if read > 0 => {}
-            _ => return Err(Failure::new("the coordinator ended at once", format!("read {}", log.display()))),
-        }
-        if let Some(invite) = line.trim().strip_prefix("beringia join ") {
-            return Ok(invite.to_owned());
-        }
-    }
 }

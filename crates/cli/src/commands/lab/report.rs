@@ -1,13 +1,16 @@
 //! What the lab found, for people and as JSON.
 
+use super::crew::Incidents;
+use super::faults::{FaultReport, Faults, median, observe};
 use super::wan::LinkReport;
 use super::{Lab, Watched};
 use crate::output::Output;
 use base::ContentHash;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use telemetry::view::SiteView;
-use telemetry::{Event, Record};
+use telemetry::{Event, Finding, Record, RunLogs};
 
 /// One site of the report.
 #[derive(Debug, Clone, Serialize)]
@@ -53,7 +56,114 @@ pub(super) struct Report {
     bigram_bits_per_byte: Option<f64>,
     ledger: telemetry::LedgerCounts,
     folder: PathBuf,
+    /// With faults: what they were, and what they did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    faults: Option<FaultSection>,
+    /// I1 to I7, as far as what was written shows them.
+    invariants: Vec<Finding>,
     pub(super) verdict: String,
+}
+
+/// What went wrong, on purpose and otherwise.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct FaultSection {
+    /// Of `--chaos`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chaos_seed: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chaos_seconds: Option<f64>,
+    restart_after_seconds: f64,
+    each: Vec<FaultReport>,
+    /// Not done, because the run was about to end.
+    left_out: Vec<String>,
+    /// Processes that ended although nobody ended them.
+    ended_badly: Vec<String>,
+    /// From the start of a site's process until it has a part in a round; median.
+    site_rejoin_seconds: Option<f64>,
+    /// From a site's end to the next commit with a delta of everybody; median.
+    site_joint_commit_seconds: Option<f64>,
+    /// From the start of the coordinator's process to its next commit; median.
+    coordinator_commit_seconds: Option<f64>,
+    /// The longest that a site which was not hit stood still.
+    stall_seconds: Option<f64>,
+    /// What a newcomer fetches.
+    state_bytes: u64,
+    /// What that takes alone over the slowest of the same links.
+    transfer_seconds: Option<f64>,
+    site_rejoin_transfers: Option<f64>,
+    coordinator_commit_transfers: Option<f64>,
+}
+
+impl FaultSection {
+    pub(super) fn new(
+        faults: &Faults,
+        incidents: &Incidents,
+        logs: &RunLogs,
+        (state_bytes, transfer_seconds): (u64, Option<f64>),
+    ) -> Self {
+        let each = observe(&incidents.observed, logs);
+        let median_of = |concerns: &str, figure: fn(&FaultReport) -> Option<f64>| {
+            median(&each.iter().filter(|report| report.is_of(concerns)).filter_map(figure).collect::<Vec<_>>())
+        };
+        let site_rejoin_seconds = median_of("site", |report| report.rejoin_seconds);
+        let coordinator_commit_seconds = median_of("coordinator", |report| report.next_commit_seconds);
+        let transfers = |seconds: Option<f64>| Some(seconds? / transfer_seconds?);
+        Self {
+            chaos_seed: faults.chaos.map(|(seed, _)| seed),
+            chaos_seconds: faults.chaos.map(|(_, period)| period),
+            restart_after_seconds: faults.restart_after.as_secs_f64(),
+            left_out: incidents.left_out.clone(),
+            ended_badly: incidents.ended_badly.clone(),
+            site_rejoin_seconds,
+            site_joint_commit_seconds: median_of("site", |report| report.joint_commit_seconds),
+            coordinator_commit_seconds,
+            stall_seconds: each.iter().filter_map(|report| report.stall_seconds).reduce(f64::max),
+            state_bytes,
+            transfer_seconds,
+            site_rejoin_transfers: transfers(site_rejoin_seconds),
+            coordinator_commit_transfers: transfers(coordinator_commit_seconds),
+            each,
+        }
+    }
+
+    fn print(&self, output: &Output) {
+        for fault in &self.each {
+            output.line(fault.line());
+        }
+        for text in &self.left_out {
+            output.line(format_args!("left out   {text}: the run was about to end"));
+        }
+        for text in &self.ended_badly {
+            output.line(format_args!("lost       {text}"));
+        }
+        let seconds = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2} s"));
+        let times = |value: Option<f64>| value.map_or_else(String::new, |value| format!(" ({value:.0} transfers)"));
+        output.line(format_args!(
+            "recovery   medians: a site's process has a part in a round after {}{}, joint commit {} after a site's end, the \
+             coordinator's process commits after {}{}; the state's {:.1} MB alone take {}",
+            seconds(self.site_rejoin_seconds),
+            times(self.site_rejoin_transfers),
+            seconds(self.site_joint_commit_seconds),
+            seconds(self.coordinator_commit_seconds),
+            times(self.coordinator_commit_transfers),
+            self.state_bytes as f64 / 1e6,
+            seconds(self.transfer_seconds)
+        ));
+    }
+}
+
+/// One line for an invariant, and one for each violation.
+fn print_finding(finding: &Finding, output: &Output) {
+    let Finding { invariant, checked, what, violations, .. } = finding;
+    let held = match (violations.is_empty(), checked) {
+        (false, _) => "VIOLATED",
+        (true, 0) => "not shown",
+        (true, _) => "held",
+    };
+    output.line(format_args!("invariant  {invariant:<18} {held:<9} {checked} {what}"));
+    for violation in violations {
+        output.line(format_args!("           {violation}"));
+    }
 }
 
 impl Report {
@@ -63,7 +173,7 @@ impl Report {
         watched: &Watched,
         span: &TrainingSpan,
         alone: &[f64],
-        links: Vec<LinkReport>,
+        (links, faults, invariants): (Vec<LinkReport>, Option<FaultSection>, Vec<Finding>),
     ) -> Self {
         let view = watched.watch.view();
         let tokens: u64 = span.tokens.iter().sum();
@@ -87,10 +197,17 @@ impl Report {
             bigram_bits_per_byte: validation.map(|validation| validation.bigram_bits_per_byte),
             ledger: view.ledger,
             folder: lab.folder.clone(),
+            faults,
+            invariants,
             verdict: String::new(),
         };
         report.verdict = verdict(&report);
         report
+    }
+
+    /// Whether all sites end with one model, and no invariant was violated.
+    pub(super) fn is_good(&self) -> bool {
+        self.identical && self.invariants.iter().all(Finding::is_held)
     }
 
     /// For people.
@@ -113,6 +230,10 @@ impl Report {
         let telemetry::LedgerCounts { leased, committed, returned, lost } = self.ledger;
         output
             .line(format_args!("samples    leased {leased}, committed {committed}, returned {returned}, lost {lost}"));
+        if let Some(faults) = &self.faults {
+            faults.print(output);
+        }
+        self.invariants.iter().for_each(|finding| print_finding(finding, output));
         output.line(format_args!("try        beringia sample {}/site-a \"fn main\"", self.folder.display()));
         output.line(&self.verdict);
     }
@@ -164,35 +285,59 @@ impl SiteReport {
 pub(super) struct TrainingSpan {
     seconds: f64,
     tokens: Vec<u64>,
+    /// Between neighbouring commits.
+    gaps_seconds: Vec<f64>,
 }
 
 impl TrainingSpan {
     pub(super) fn of(records: &[Record]) -> Self {
-        let mut span = Self { seconds: 0.0, tokens: Vec::new() };
-        let mut began = None;
+        let (mut began, mut times) = (None, Vec::new());
+        // By round, so that one that is void is forgotten.
+        let mut rounds = BTreeMap::new();
         for record in records {
             match &record.event {
                 Event::RoundStarted { .. } => {
                     began.get_or_insert(record.unix_ms);
                 }
-                Event::RoundCommitted { contributors, .. } => {
-                    span.seconds = began.map_or(0.0, |began| record.unix_ms.saturating_sub(began) as f64 / 1e3);
-                    for contributor in contributors {
-                        let index = contributor.site.0 as usize;
-                        span.tokens.resize(span.tokens.len().max(index + 1), 0);
-                        span.tokens[index] += contributor.tokens;
-                    }
+                Event::RoundClosed { round, contributors, .. } => {
+                    times.push(record.unix_ms);
+                    rounds.insert(*round, contributors);
+                }
+                Event::RolledBack { to, .. } => {
+                    rounds.split_off(&to.next());
                 }
                 _ => {}
             }
         }
-        span
+        let mut tokens = Vec::new();
+        for contributor in rounds.values().copied().flatten() {
+            let index = contributor.site.0 as usize;
+            tokens.resize(tokens.len().max(index + 1), 0);
+            tokens[index] += contributor.tokens;
+        }
+        let seconds = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e3;
+        let last = times.last().copied();
+        Self {
+            seconds: began.zip(last).map_or(0.0, |(began, last)| seconds(began, last)),
+            tokens,
+            gaps_seconds: times.windows(2).map(|pair| seconds(pair[0], pair[1])).collect(),
+        }
+    }
+
+    /// What a round usually takes.
+    pub(super) fn round_seconds(&self) -> f64 {
+        median(&self.gaps_seconds).unwrap_or(self.seconds)
     }
 }
 
 /// The result in words.
 fn verdict(report: &Report) -> String {
     let sites = report.sites.len();
+    let violated: Vec<&str> =
+        report.invariants.iter().filter(|finding| !finding.is_held()).map(|finding| finding.invariant).collect();
+    if !violated.is_empty() {
+        return format!("VIOLATED: {}", violated.join(", "));
+    }
     if !report.identical {
         return format!("NOT IDENTICAL: the {sites} sites do not end with the same model");
     }

@@ -111,6 +111,11 @@ impl Wan {
         format!("socks5://{}", self.relays[site])
     }
 
+    /// Cuts the link from one end to another, by their places, or mends it.
+    pub(super) fn set_cut(&self, from: usize, to: usize, is_cut: bool) {
+        self.network.link(from, to).set_cut(is_cut);
+    }
+
     /// Every direction, by pair.
     pub(super) fn report(&self) -> Vec<LinkReport> {
         let directions = self.measured.iter().flat_map(|((first, second), measured)| {
@@ -151,6 +156,11 @@ impl Drop for Wan {
 }
 
 impl LinkReport {
+    /// Seconds that so many bytes take on it alone.
+    pub(super) fn seconds_of(&self, bytes: u64) -> f64 {
+        bytes as f64 * 8.0 / self.measured_bits_per_second + self.measured_round_trip_seconds / 2.0
+    }
+
     /// For people.
     pub(super) fn line(&self) -> String {
         let broken = match self.connections_broken {

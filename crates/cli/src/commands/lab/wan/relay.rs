@@ -55,6 +55,14 @@ struct Route {
     backward: Arc<Link>,
 }
 
+impl Route {
+    /// Waits until a connection could be opened: both ways must be there.
+    async fn passable(&self) {
+        self.forward.passable().await;
+        self.backward.passable().await;
+    }
+}
+
 impl Network {
     pub(super) fn new(links: &Links, seed: u64, meter_port: u16) -> Self {
         let names = links.names().to_vec();
@@ -127,6 +135,12 @@ async fn relay(network: &Network, site: usize, mut client: TcpStream) -> io::Res
     let Some(route) = network.route(site, &host, port) else {
         return socks::answer(&mut client, Reply::NotAllowed).await;
     };
+    let mut first_byte = [0];
+    tokio::select! {
+        () = route.passable() => {}
+        // It says nothing before it is answered: it has given up.
+        _ = client.peek(&mut first_byte) => return Ok(()),
+    }
     let connected = connect(route.address).await;
     // As long as a TCP handshake over these links takes.
     sleep(route.forward.one_way() + route.backward.one_way()).await;

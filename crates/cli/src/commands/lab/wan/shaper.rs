@@ -6,6 +6,9 @@
 //! next piece when its last one has left, so that connections take turns and nothing is read ahead of the rate. What is
 //! between source and destination is bounded by a window; a destination that does not read fills it, and then the source waits.
 //!
+//! A link may be cut: then what has left waits, and arrives when the cut is mended, as TCP sends it again. So a cut is silence at both
+//! ends and no reset, and a connection that both ends keep goes on after it.
+//!
 //! Not a model of TCP: there is no slow start and no congestion window, connections share a rate evenly, and what is lost is
 //! a connection and not a packet.
 
@@ -18,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::sync::{AcquireError, Semaphore, SemaphorePermit, mpsc};
+use tokio::sync::{AcquireError, Semaphore, SemaphorePermit, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 /// Link time of one piece: at 20 Mbit/s 10 kB, 250 pieces a second. Over 100 ms a link's rate is right within 4 %.
@@ -54,6 +57,7 @@ pub(super) struct Link {
     seed: u64,
     /// When the last bytes leave that have been taken.
     free_at: Mutex<Instant>,
+    is_cut: watch::Sender<bool>,
     counts: Counts,
 }
 
@@ -94,7 +98,20 @@ pub(super) struct Broken;
 impl Link {
     pub(super) fn new(spec: LinkSpec, seed: u64) -> Arc<Self> {
         let free_at = Mutex::new(Instant::now());
-        Arc::new(Self { spec, seed, free_at, counts: Counts::default() })
+        let (is_cut, _) = watch::channel(false);
+        Arc::new(Self { spec, seed, free_at, is_cut, counts: Counts::default() })
+    }
+
+    /// From now on nothing arrives, or everything again.
+    pub(super) fn set_cut(&self, is_cut: bool) {
+        self.is_cut.send_replace(is_cut);
+    }
+
+    /// Waits until the link is not cut.
+    pub(super) async fn passable(&self) {
+        let mut is_cut = self.is_cut.subscribe();
+        // The sender lives as long as the link.
+        let _passable = is_cut.wait_for(|is_cut| !is_cut).await.is_ok();
     }
 
     pub(super) fn spec(&self) -> LinkSpec {
@@ -192,6 +209,7 @@ impl Flow {
     pub(super) async fn carry(self, from: impl AsyncRead + Unpin, to: impl AsyncWrite + Unpin) -> Result<(), Broken> {
         let link = Arc::clone(&self.link);
         let counts = (self.kind == Kind::Traffic).then_some(&link.counts);
+        let way = (&*link, counts);
         let window = Semaphore::new(link.window_bytes());
         let (on_its_way, arriving) = mpsc::channel(PIECES_QUEUED_MAX);
         let taken = async {
@@ -199,7 +217,7 @@ impl Flow {
             self.take(from, &window, on_its_way).await;
             Ok(())
         };
-        tokio::try_join!(taken, deliver(arriving, to, counts)).map(|_| ())
+        tokio::try_join!(taken, deliver(arriving, to, way)).map(|_| ())
     }
 
     /// Reads at the link's rate, and stamps what was read with the time of its arrival.
@@ -301,12 +319,13 @@ async fn read_some(from: &mut (impl AsyncRead + Unpin), buffer: &mut [u8]) -> (s
 async fn deliver(
     mut arriving: mpsc::Receiver<Piece<'_>>,
     mut to: impl AsyncWrite + Unpin,
-    counts: Option<&Counts>,
+    (link, counts): (&Link, Option<&Counts>),
 ) -> Result<(), Broken> {
     while let Some(Piece { due, content }) = arriving.recv().await {
         if due > Instant::now() {
             sleep_until(due).await;
         }
+        link.passable().await;
         match content {
             Content::Bytes(bytes, _room) => {
                 to.write_all(&bytes).await.map_err(|_| Broken)?;

@@ -122,6 +122,50 @@ async fn a_broken_connection_is_a_reset_and_the_next_one_works() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_is_silence_and_what_was_said_meanwhile_arrives_after_it() {
+    bounded(async {
+        let (network, relay) = network("400Mbit/s").await;
+        let port = echo().await;
+        let mut stream = dial(relay, "site-b", port).await.unwrap();
+        let mut answer = [0; 4];
+        stream.write_all(b"here").await.unwrap();
+        stream.read_exact(&mut answer).await.unwrap();
+        network.link(0, 1).set_cut(true);
+        stream.write_all(b"gone").await.unwrap();
+        // A connection wants both ways: this one waits, and gives up without a word at the other end.
+        let dialling = tokio::time::timeout(Duration::from_millis(50), dial(relay, "site-b", port)).await;
+        assert!(dialling.is_err(), "nobody answers over a link that is cut");
+        let early = tokio::time::timeout(Duration::from_millis(50), stream.read_exact(&mut answer)).await;
+        assert!(early.is_err(), "nothing arrives over a link that is cut");
+        assert_eq!(network.link(0, 1).carried().connections, 1);
+        network.link(0, 1).set_cut(false);
+        stream.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"gone", "the connection goes on");
+        dial(relay, "site-b", port).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_of_one_direction_leaves_the_other() {
+    bounded(async {
+        let (network, relay) = network("400Mbit/s").await;
+        let mut stream = dial(relay, "site-b", echo().await).await.unwrap();
+        network.link(1, 0).set_cut(true);
+        stream.write_all(b"heard").await.unwrap();
+        while network.link(0, 1).carried().bytes < 5 {
+            tokio::task::yield_now().await;
+        }
+        let mut answer = [0; 5];
+        let early = tokio::time::timeout(Duration::from_millis(50), stream.read_exact(&mut answer)).await;
+        assert!(early.is_err(), "the answer does not come");
+        network.link(1, 0).set_cut(false);
+        stream.read_exact(&mut answer).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sender_feels_the_link_and_not_the_memory_before_it() {
     bounded(async {
         let (_network, relay) = network("1kbit/s").await;
