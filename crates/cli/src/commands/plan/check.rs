@@ -217,7 +217,16 @@ mod tests {
     }
 
     fn lease(site: u32, start: u64, end: u64) -> LeaseShare {
-        LeaseShare { site: SiteId(site), start, end, steps: 10, samples_per_step: 6, samples: 90, share: 0.5 }
+        LeaseShare {
+            site: SiteId(site),
+            start,
+            end,
+            steps: 10,
+            samples_per_step: 6,
+            samples: 90,
+            ranges: Vec::new(),
+            share: 0.5,
+        }
     }
 
     fn settings() -> Settings {
