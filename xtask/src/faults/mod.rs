@@ -9,7 +9,7 @@ use crate::runs::Failure;
 use list::{FAULTS, Fault, Proof, Suite};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Where tests leave their figures: a folder in this variable.
@@ -131,15 +131,16 @@ fn row(fault: &Fault, seen: &Seen) -> String {
     format!("| {name} | {done} | {seen} | {} | {} |\n", figures.join("; "), tests.join("; "))
 }
 
-/// Files in which the tests of a suite are.
-fn sources(suite: Suite) -> PathBuf {
-    let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates").join(suite.package);
-    package.join(if suite.target.is_some() { "tests" } else { "src" })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
+
+    /// Files in which the tests of a suite are.
+    fn sources(suite: Suite) -> PathBuf {
+        let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates").join(suite.package);
+        package.join(if suite.target.is_some() { "tests" } else { "src" })
+    }
 
     fn text_below(folder: &Path) -> String {
         let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
