@@ -236,3 +236,12 @@ fn an_answer_to_a_plan_that_was_withdrawn_is_ignored() {
     let computed = |command: &Command| matches!(command, Command::Note(Note::Computed { site: SiteId(2), .. }));
     assert!(run.compute(2, &second).iter().any(computed), "what it says of the present one does");
 }
+
+#[test]
+fn a_coordinator_started_again_after_the_last_round_waits_for_nobody() {
+    let settings = Settings { steps_total: 0, ..settings() };
+    let (coordinator, _) = Coordinator::recover(settings.clone(), INITIAL, []);
+    let mut run = Run { coordinator, settings, now: 1.0 };
+    assert!(!run.seconds(60).contains(&Command::Done), "a site that has not been told so may call");
+    assert!(run.seconds(1).contains(&Command::Done));
+}

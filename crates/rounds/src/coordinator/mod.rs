@@ -144,6 +144,8 @@ pub struct Coordinator {
     attempt: u32,
     /// For how many ticks no site has been able to reach the last commit.
     lost_ticks: u32,
+    /// For how many ticks nobody has been here, after the last round.
+    empty_ticks: u32,
     /// For how many ticks sites have been saying what they hold, for the second time in this term or later.
     gathering_ticks: Option<u32>,
     /// The last commit before the current sites began: deltas of later ones are still held by some of them.
@@ -204,6 +206,7 @@ impl Coordinator {
             started: false,
             attempt: 1,
             lost_ticks: 0,
+            empty_ticks: 0,
             gathering_ticks: None,
             started_at: Round(0),
             stopping: false,
@@ -583,11 +586,17 @@ impl Coordinator {
     /// coordinator was started again, and will not come back.
     fn is_over_for_somebody(&self) -> bool {
         let Committed { commit, state_hash, .. } = self.last();
-        let is_over =
-            commit.step >= self.settings.steps_total && self.flushes_committed() + 1 >= self.settings.sync.fragments;
         let holds_it =
             |site: &Site| site.held.is_some_and(|(round, hash)| (round, Some(hash)) == (commit.round, *state_hash));
-        is_over && self.sites.values().any(holds_it)
+        self.is_over() && self.sites.values().any(holds_it)
+    }
+
+    /// Every step is done, and all sites agreed on the last state.
+    fn is_over(&self) -> bool {
+        let Committed { commit, state_hash, .. } = self.last();
+        let is_done =
+            commit.step >= self.settings.steps_total && self.flushes_committed() + 1 >= self.settings.sync.fragments;
+        is_done && state_hash.is_some()
     }
 
     /// Whether the deltas of all commits after that state can still be fetched from some site.
