@@ -17,7 +17,8 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use telemetry::Event;
+use telemetry::event::SampleSpan;
+use telemetry::{Event, LeaseShare};
 use wire::message::{FromCoordinator, Greeting, Role, SiteHello};
 
 /// What the log is called in errors.
@@ -134,8 +135,14 @@ impl Outlet for Out<'_> {
     }
 
     fn tell(&mut self, event: Event) {
-        if let Event::SiteLeft { site, reason } = event {
-            self.around.observe(Observation::SiteLeft(site, reason));
+        match event {
+            Event::SiteLeft { site, reason } => self.around.observe(Observation::SiteLeft(site, reason)),
+            Event::RoundStarted { round, term, leases } => {
+                let range = |span: &SampleSpan| SampleRange { start: span.start, end: span.end };
+                let lease = |of: LeaseShare| (of.site, of.ranges.iter().map(range).collect());
+                self.around.observe(Observation::Planned(round, term, leases.into_iter().map(lease).collect()));
+            }
+            _ => {}
         }
     }
 }

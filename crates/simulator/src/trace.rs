@@ -18,6 +18,8 @@ pub(crate) enum Observation {
     LedgerWrong(String),
     /// The coordinator has told people that a site is gone.
     SiteLeft(SiteId, String),
+    /// A round was planned, with the positions that each site is to train on.
+    Planned(Round, Term, Vec<(SiteId, Vec<SampleRange>)>),
     /// A site has accepted a coordinator of this term.
     Follows(usize, Term),
     /// A site has refused a message of a coordinator.
@@ -116,8 +118,14 @@ impl fmt::Display for Observation {
             Self::SiteLeft(site, reason) => write!(out, "coordinator: site {site} left: {reason}"),
             Self::Follows(machine, term) => write!(out, "machine {machine}: follows term {term}"),
             Self::Refuses { machine, why, .. } => write!(out, "machine {machine}: refuses: {why}"),
-            Self::Offers { machine, site, round, term, .. } => {
-                write!(out, "machine {machine}: site {site} offers round {round} of term {term}")
+            Self::Planned(round, term, leases) => {
+                let leases: Vec<String> =
+                    leases.iter().map(|(site, lease)| format!("{site}:{}", positions(lease))).collect();
+                write!(out, "coordinator: plans round {round} of term {term}: {}", leases.join(" "))
+            }
+            Self::Offers { machine, site, round, term, lease, .. } => {
+                let lease = positions(lease);
+                write!(out, "machine {machine}: site {site} offers round {round} of term {term}: {lease}")
             }
             Self::Merged { machine, commit, state_hash } => {
                 let (round, hash) = (commit.round, state_hash.short());
@@ -141,6 +149,11 @@ impl fmt::Display for Observation {
             Self::Done { finished } => write!(out, "coordinator: done, finished: {finished}"),
         }
     }
+}
+
+/// As `0..8,24..32`.
+fn positions(ranges: &[SampleRange]) -> String {
+    ranges.iter().map(|range| format!("{}..{}", range.start, range.end)).collect::<Vec<_>>().join(",")
 }
 
 /// The last observations, as lines for people.

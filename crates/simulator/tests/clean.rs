@@ -38,7 +38,9 @@ fn a_run_without_faults_does_every_step() {
 fn seeds_that_showed_a_fault_of_what_ships_show_none() {
     let before = Options { sites_call: Some(false), sharded: Some(false), ..Options::default() };
     let shown = [42, 507, 743, 855, 986, 5_000_405, 7_000_232, 0x322c_ef97_4379_3642].map(|seed| (seed, &before));
-    for (seed, options) in shown {
+    let now = Options::default();
+    let later = [100_000_487, 100_000_766, 200_001_961, 310_001_339].map(|seed| (seed, &now));
+    for (seed, options) in shown.into_iter().chain(later) {
         let outcome = run(seed, options);
         assert_eq!(outcome.violation, None, "seed {seed}\n{}", outcome.trace.join("\n"));
     }

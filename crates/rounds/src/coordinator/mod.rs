@@ -142,6 +142,8 @@ pub struct Coordinator {
     started: bool,
     /// Of the plans that are made now: see [`RoundPlan::attempt`].
     attempt: u32,
+    /// Sites that have left, with the last round in which a delta of theirs may still be committed.
+    parted: BTreeMap<SiteId, Round>,
     /// For how many ticks no site has been able to reach the last commit.
     lost_ticks: u32,
     /// For how many ticks nobody has been here, after the last round.
@@ -205,6 +207,7 @@ impl Coordinator {
             flushes: 0,
             started: false,
             attempt: 1,
+            parted: BTreeMap::new(),
             lost_ticks: 0,
             empty_ticks: 0,
             gathering_ticks: None,
@@ -453,6 +456,24 @@ impl Coordinator {
         // A delta that stays holds what was learnt in the rounds before it as well.
         for round in self.ledger.rounds_leased(id).into_iter().filter(|round| *round > kept) {
             self.ledger.give_back(round, id);
+        }
+        if kept > Round(0) {
+            self.parted.insert(id, kept);
+        }
+    }
+
+    /// Gives back what sites had trained that left before this round was committed, and whose deltas it leaves out: they may be back, and have
+    /// lost it.
+    fn give_back_of_the_parted(&mut self, round: Round, contributors: &[SiteId]) {
+        let is_settled = |(_, kept): &(&SiteId, &Round)| **kept <= round;
+        let settled: Vec<(SiteId, Round)> =
+            self.parted.iter().filter(is_settled).map(|(id, kept)| (*id, *kept)).collect();
+        for (id, kept) in settled {
+            self.parted.remove(&id);
+            if !contributors.contains(&id) {
+                let leased = self.ledger.rounds_leased(id).into_iter().filter(|leased| *leased <= kept);
+                leased.for_each(|leased| self.ledger.give_back(leased, id));
+            }
         }
     }
 
@@ -721,6 +742,7 @@ impl Coordinator {
                 site.merged_tokens.insert(fragment.index, open.deliveries[&site.peer.site].trained_tokens);
             }
         }
+        self.give_back_of_the_parted(round, contributors);
         self.name_stragglers(&open, contributors, now, commands);
         self.tune(&open);
         let contributors = contributors.iter().map(|site| open.contributor(*site)).collect();
@@ -770,8 +792,10 @@ impl Coordinator {
                 self.ledger.give_back(open.plan.round, site);
             }
         }
-        // Who is told of another plan for a round begins anew from the global state: nothing that it has not given to a merge is left.
-        for site in self.current() {
+        // Who is told of another plan for a round begins anew from the global state: nothing that it has not given to a merge is left. Nor will
+        // anything be merged of those that have left.
+        let parted = std::mem::take(&mut self.parted).into_keys();
+        for site in self.current().into_iter().chain(parted) {
             self.ledger.rounds_leased(site).into_iter().for_each(|leased| self.ledger.give_back(leased, site));
         }
         let fragments = self.settings.sync.fragments;
