@@ -155,9 +155,9 @@ fn who_is_not_invited_is_told_nothing() {
     let real: Invite = coordinator.invite.parse().unwrap();
     let with = |run: &str, secret: Secret| Invite::new(real.address(), run, real.fingerprint(), secret).unwrap();
     let wrong = with("run", Secret::generate().unwrap()).to_string();
-    assert_failed(&doctor(&place, &[&wrong]), "admitted", "the invite is not valid any more", "beringia serve");
+    assert_failed(&doctor(&place, &[&wrong]), "admitted", "the invite is not valid any more", "beringia admit");
     let other = with("other", real.secret().clone()).to_string();
-    assert_failed(&doctor(&place, &[&other]), "admitted", "this is run 'run', not 'other'", "beringia serve");
+    assert_failed(&doctor(&place, &[&other]), "admitted", "this is run 'run', not 'other'", "beringia admit");
     let refused = place.wait_for_event("run", "a refusal", |event| match event {
         Event::PeerRefused { reason, .. } => Some(reason.clone()),
         _ => None,
