@@ -284,12 +284,11 @@ impl Desk {
 
     fn show_out(&mut self, fingerprint: ContentHash, now: f64, outlet: &mut dyn Outlet) -> Result<(), StoreError> {
         let site = self.admitted.get(&fingerprint).map(|known| known.site);
-        let Some((site, link)) = site.and_then(|site| Some((site, self.links.remove(&site)?))) else { return Ok(()) };
+        let Some(from) = site.and_then(|site| Some((site, *self.links.get(&site)?))) else { return Ok(()) };
         // It reads this, or the end of its connection.
         let dropped = FromCoordinator::Directive(Directive::Dropped { reason: LeaveReason::Revoked });
-        let _full = outlet.send(link, dropped);
-        outlet.close(link);
-        self.decide(Input::Disconnected(site, LeaveReason::Revoked), now, outlet)
+        let _full = outlet.send(from.1, dropped);
+        self.part(from, LeaveReason::Revoked, now, outlet)
     }
 
     /// Whether that is the site's newest connection, and still in use.
@@ -436,9 +435,20 @@ impl Desk {
         if !self.is_current(site, link) {
             return Ok(());
         }
+        self.part((site, link), LeaveReason::ConnectionLost, now, outlet)
+    }
+
+    /// Ends a site's connection, and its part in the run until it comes back.
+    fn part(
+        &mut self,
+        (site, link): (SiteId, LinkNumber),
+        reason: LeaveReason,
+        now: f64,
+        outlet: &mut dyn Outlet,
+    ) -> Result<(), StoreError> {
         self.links.remove(&site);
         outlet.close(link);
-        self.decide(Input::Disconnected(site, LeaveReason::ConnectionLost), now, outlet)
+        self.decide(Input::Disconnected(site, reason), now, outlet)
     }
 
     /// Time passed: called about once a second.

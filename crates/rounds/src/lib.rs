@@ -26,7 +26,7 @@ pub use coordinator::{Command, Coordinator, Event, Settings};
 pub use exchange::{MergedPart, Part};
 pub use ledger::{Ledger, LedgerTotals, SampleRange};
 pub use member::{Member, MemberCommand, MemberEvent};
-pub use merge::{merge, merge_part, token_weights, trimmed_each_end};
+pub use merge::{merge, merge_part, token_weights};
 pub use outer::{OuterOptimizer, OuterRule};
 pub use plan::{
     Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, LinkReport, Measurement, Peer,

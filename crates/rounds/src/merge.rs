@@ -59,7 +59,7 @@ pub fn merge_part(
 }
 
 /// Contributors that are left out at either end of each value.
-pub fn trimmed_each_end(rule: MergeRule, contributors: usize) -> usize {
+fn trimmed_each_end(rule: MergeRule, contributors: usize) -> usize {
     match rule {
         MergeRule::TrimmedMean if contributors >= TRIMMED_CONTRIBUTORS_MIN => {
             (contributors / CONTRIBUTORS_A_LIAR).max(1)
