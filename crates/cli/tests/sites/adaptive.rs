@@ -1,21 +1,12 @@
 //! Settings that follow the links: over a thin one, sites change what they send, say why, and still hold one model.
 
-use crate::support::{Place, assert_identical_after_every_commit};
+use crate::support::{Place, TINY_MODEL, assert_identical_after_every_commit};
 use std::fs;
 use telemetry::Event;
 
 /// A tiny model that begins with uncoded deltas of some 190 kB in rounds of four steps. No machine takes as long for these as 1 Mbit/s
 /// for a delta (1.5 s).
-const TINY: [&str; 15] = [
-    "model.hidden_size=32",
-    "model.intermediate_size=48",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=4",
-    "model.num_key_value_heads=2",
-    "model.max_position_embeddings=32",
-    "data.sequence_length=32",
-    "train.batch_samples=8",
-    "train.micro_batch_samples=8",
+const SETTINGS: [&str; 6] = [
     "sync.strategy=streaming",
     "sync.adaptive=true",
     "sync.inner_steps=4",
@@ -31,7 +22,7 @@ fn sites_on_a_thin_link_send_less_say_why_and_end_with_one_model() {
     fs::write(place.join("links.toml"), links).unwrap();
     let fixed = ["lab", "--sites", "2", "--rounds", "20", "--measure-seconds", "0.1", "--data", "texts", "--link"];
     let arguments = fixed.into_iter().chain(["links.toml"]);
-    let settings = TINY.into_iter().flat_map(|setting| ["--set", setting]);
+    let settings = TINY_MODEL.into_iter().chain(SETTINGS).flat_map(|setting| ["--set", setting]);
     let report = place.object(&arguments.chain(settings).collect::<Vec<_>>());
     assert_eq!(report["identical"], true, "{report}");
     let folder = |part: &str| format!("{}/{part}", report["folder"].as_str().unwrap());

@@ -1,22 +1,10 @@
 //! The lab's faults: processes that are killed or stopped and links that are cut cost time and nothing else.
 
-use crate::support::{Place, figure};
+use crate::support::{Place, TINY_MODEL, figure};
 use serde_json::Value;
 
 /// A tiny model in rounds of four steps.
-const TINY: [&str; 11] = [
-    "model.hidden_size=32",
-    "model.intermediate_size=48",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=4",
-    "model.num_key_value_heads=2",
-    "model.max_position_embeddings=32",
-    "data.sequence_length=32",
-    "train.batch_samples=8",
-    "train.micro_batch_samples=8",
-    "sync.inner_steps=4",
-    "evaluate.sample_tokens=0",
-];
+const SETTINGS: [&str; 2] = ["sync.inner_steps=4", "evaluate.sample_tokens=0"];
 
 /// Steps take the same time on every machine: a round a fifth of a second, and all of them longer than what is to happen.
 const ENGINE: &str = "emulated:0.05";
@@ -25,7 +13,7 @@ const ROUNDS: &str = "80";
 fn lab<'a>(faults: &[&'a str]) -> Vec<&'a str> {
     let fixed = ["lab", "--site", ENGINE, "--site", ENGINE, "--link", "200Mbit/s,2ms"];
     let work = ["--rounds", ROUNDS, "--measure-seconds", "0.1", "--data", "texts", "--restart-after", "500ms"];
-    let settings = TINY.into_iter().flat_map(|setting| ["--set", setting]);
+    let settings = TINY_MODEL.into_iter().chain(SETTINGS).flat_map(|setting| ["--set", setting]);
     fixed.into_iter().chain(work).chain(settings).chain(faults.iter().copied()).collect()
 }
 

@@ -1,30 +1,18 @@
 //! The lab's links: sites that talk over slow connections which break still hold one model.
 
-use crate::support::Place;
+use crate::support::{Place, TINY_MODEL};
 use serde_json::Value;
 use std::fs;
 
 /// A tiny model in rounds of two steps, so that a round's delta is a few blocks of the loss.
-const TINY: [&str; 11] = [
-    "model.hidden_size=32",
-    "model.intermediate_size=48",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=4",
-    "model.num_key_value_heads=2",
-    "model.max_position_embeddings=32",
-    "data.sequence_length=32",
-    "train.batch_samples=8",
-    "train.micro_batch_samples=8",
-    "sync.inner_steps=2",
-    "evaluate.sample_tokens=0",
-];
+const SETTINGS: [&str; 2] = ["sync.inner_steps=2", "evaluate.sample_tokens=0"];
 
 /// A fifth of all blocks of 64 KiB breaks their connection.
 const BREAKING: &str = "100Mbit/s,4ms,2ms,20%";
 
 fn lab(link: &str) -> Vec<&str> {
     let fixed = ["lab", "--sites", "2", "--rounds", "6", "--measure-seconds", "0.1", "--data", "texts", "--link", link];
-    fixed.into_iter().chain(TINY.into_iter().flat_map(|setting| ["--set", setting])).collect()
+    fixed.into_iter().chain(TINY_MODEL.into_iter().chain(SETTINGS).flat_map(|setting| ["--set", setting])).collect()
 }
 
 fn link<'a>(report: &'a Value, from: &str, to: &str) -> &'a Value {

@@ -19,8 +19,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(150);
 /// Between two looks at a log.
 const POLL: Duration = Duration::from_millis(20);
 
-/// A model of some 20 thousand parameters, in rounds of 4 steps of 8 samples.
-const TINY: [&str; 16] = [
+/// A model of some 20 thousand parameters, and batches of 8 samples.
+pub(crate) const TINY_MODEL: [&str; 9] = [
     "model.hidden_size=32",
     "model.intermediate_size=48",
     "model.num_hidden_layers=2",
@@ -30,6 +30,10 @@ const TINY: [&str; 16] = [
     "data.sequence_length=32",
     "train.batch_samples=8",
     "train.micro_batch_samples=8",
+];
+
+/// A run of it in rounds of 4 steps.
+const TINY_RUN: [&str; 7] = [
     "train.warmup_steps=2",
     "train.steps=40",
     "sync.inner_steps=4",
@@ -210,7 +214,7 @@ impl Place {
     /// A new tiny run with these settings.
     pub(crate) fn init(&self, run: &str, settings: &[&str]) {
         let mut arguments = vec!["init", run, "--data", "texts", "--vocabulary", "300"];
-        for setting in TINY.iter().chain(settings) {
+        for setting in TINY_MODEL.iter().chain(&TINY_RUN).chain(settings) {
             arguments.extend(["--set", setting]);
         }
         self.object(&arguments);
