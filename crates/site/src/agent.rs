@@ -10,6 +10,7 @@ use crate::host::{self, HostJob};
 use crate::join::{JoinError, conversation, fetch_run};
 use crate::line::{Coordinator, Dialler, Line, Received, away};
 use crate::merger::{Fragments, Merged, Merger};
+use crate::newcomer;
 use crate::shelf::Shelf;
 use crate::state::{SharedState, TrainingState};
 use crate::trainer::{TrainError, Trainer};
@@ -830,13 +831,9 @@ impl Agent {
             holders: self.shelf.holders(from),
             streams: BULK_STREAMS,
         };
-        let client = self.client.clone();
+        let (client, place) = (self.client.clone(), self.folder.fetched_state());
         self.transfers.spawn(async move {
-            let fetched = match request.holders.is_empty() {
-                true => Err("no site that holds it can be dialled".to_owned()),
-                false => client.fetch(&request).await.map_err(|error| error.to_string()),
-            };
-            match fetched {
+            match newcomer::fetch_state(&client, &request, &place, AGAIN).await {
                 Ok(bytes) => Fetched::State { commit, bytes },
                 Err(reason) => {
                     tokio::time::sleep(AGAIN).await;

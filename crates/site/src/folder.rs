@@ -2,7 +2,7 @@
 
 use crate::state::{SavedState, TrainingState};
 use base::config::{ConfigError, RUN_TOML_BYTES_MAX};
-use base::layout::{CHECKPOINTS_FOLDER, DATA_FOLDER, EVENTS_FILE, RUN_FILE, TERM_FILE};
+use base::layout::{CHECKPOINTS_FOLDER, DATA_FOLDER, EVENTS_FILE, FETCHED_STATE_FILE, RUN_FILE, TERM_FILE};
 use base::{Hint, RunConfig, Term};
 use checkpoint::{LoadError, Skipped};
 use data::{Dataset, DatasetError, Split};
@@ -115,6 +115,11 @@ impl RunFolder {
     /// `events.jsonl`
     pub fn events(&self) -> PathBuf {
         self.0.join(EVENTS_FILE)
+    }
+
+    /// Where the run's state is put while it is fetched.
+    pub fn fetched_state(&self) -> PathBuf {
+        self.0.join(FETCHED_STATE_FILE)
     }
 
     /// Reads `run.toml`, and gives its text too.

@@ -18,10 +18,13 @@ const COORDINATOR_SILENCE_MAX: Duration = Duration::from_secs(20);
 /// Directives that may wait for the loop.
 const DIRECTIVES_MAX: usize = 256;
 
-/// Pause before the second try; it doubles up to [`PAUSE_MAX`].
+/// Pause before the second try.
 const PAUSE_MIN: Duration = Duration::from_millis(250);
 
-/// A coordinator that comes back is found within this time, and thousands of sites do not keep it from starting.
+/// Later pauses are a fourth of the time since the first try, up to [`PAUSE_MAX`]: waiting takes at most that much longer than it must.
+const PAUSES_OF_THE_TIME: u32 = 4;
+
+/// However long it was away, a coordinator that comes back is found within this time, and thousands of sites do not keep it from starting.
 const PAUSE_MAX: Duration = Duration::from_secs(4);
 
 /// What the receiving task hands to the loop: a directive, or once and last why there are no more.
@@ -70,7 +73,8 @@ impl Dialler {
                 return Err(error);
             }
             tokio::time::sleep(pause_now).await;
-            pause = (2 * pause).min(PAUSE_MAX);
+            // A coordinator that was away for long is not called often, and one that is back soon is found soon.
+            pause = (began.elapsed() / PAUSES_OF_THE_TIME).clamp(PAUSE_MIN, PAUSE_MAX);
         }
     }
 

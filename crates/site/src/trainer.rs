@@ -197,6 +197,11 @@ impl Trainer {
         &self.schema
     }
 
+    /// By which factor every inner step takes longer than it must.
+    pub fn slowdown(&self) -> f64 {
+        self.slowdown
+    }
+
     /// The engine.
     pub fn engine(&mut self) -> &mut dyn Engine {
         &mut self.engine

@@ -10,6 +10,7 @@
 use crate::alone::{evaluated_event, reduction_events, sample_event, save_checkpoint, step_event};
 use crate::folder::RunFolder;
 use crate::host::{HostJob, PartKey, Slice};
+use crate::known_speed::KnownSpeed;
 use crate::merger::{Fragments, LocalChange, Merged};
 use crate::state::{GlobalState, Mode, SavedState, SharedState, TrainingState};
 use crate::trainer::{Evaluation, Progress, TrainError, Trainer};
@@ -167,8 +168,7 @@ impl Worker {
                 if evaluate {
                     self.evaluate(answer)?;
                 }
-                let measure = |worker: &mut Self| worker.trainer.measure(samples_per_step, seconds);
-                let tokens_per_second = self.surviving(measure)?;
+                let tokens_per_second = self.speed(samples_per_step, seconds)?;
                 answer(Done::Prepared { tokens_per_second });
             }
             Job::Train { plan, assignment, steps, abandon } => self.train((&plan, &assignment), steps, &abandon)?,
@@ -185,6 +185,20 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// Training tokens a second: what was measured here before, or a new measurement.
+    fn speed(&mut self, samples_per_step: u64, seconds: f64) -> Result<f64, TrainError> {
+        let slowdown = self.trainer.slowdown();
+        let of = |worker: &mut Self, speed| {
+            KnownSpeed::new(&worker.trainer.engine().device(), slowdown, samples_per_step, speed)
+        };
+        if let Some(known) = of(self, 0.0).read(&self.folder) {
+            return Ok(known);
+        }
+        let measured = self.surviving(|worker| worker.trainer.measure(samples_per_step, seconds))?;
+        of(self, measured).keep(&self.folder);
+        Ok(measured)
     }
 
     fn emit(&self, event: Event) {

@@ -28,7 +28,9 @@ fn what_is_killed_stopped_or_cut_off_comes_back_and_no_invariant_is_violated() {
     let faults =
         ["--kill", "b@1s", "--kill", "coordinator@3s", "--cut", "a-b@6s..7s", "--stop", "site-a@8500ms..9500ms"];
     let report = place.object(&lab(&faults));
-    assert_eq!((&report["identical"], &report["rounds"]), (&true.into(), &80.into()), "{report}");
+    assert_eq!(report["identical"], true, "{report}");
+    // Rounds are shorter while a site is expected back, and so there are more of them.
+    assert!(report["rounds"].as_u64().unwrap() >= ROUNDS.parse().unwrap(), "{report}");
     for finding in report["invariants"].as_array().unwrap() {
         assert_eq!(finding["violations"], Value::Array(Vec::new()), "{finding}");
         assert!(finding["checked"].as_u64().unwrap() > 0 || finding["invariant"] == "I4 cost of faults", "{finding}");

@@ -18,6 +18,7 @@
 //!
 //! It never touches a tensor: it compares hashes.
 
+mod away;
 mod grace;
 mod interface;
 mod open_round;
@@ -34,6 +35,7 @@ use crate::ledger::Ledger;
 use crate::plan::{Assignment, Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan};
 use crate::schedule::{self, Effects, fragment_of, lookahead};
 use crate::shares::{Speed, follow, portions};
+use away::Away;
 use base::config::SyncSection;
 use base::{ContentHash, Round, SiteId, Term};
 use grace::Grace;
@@ -154,6 +156,7 @@ pub struct Coordinator {
     started_at: Round,
     stopping: bool,
     weights: BTreeMap<SiteId, f64>,
+    away: Away,
     /// Where settings follow the links.
     tuning: Option<Tuning>,
     /// The first round of the schedule in use.
@@ -214,6 +217,7 @@ impl Coordinator {
             started_at: Round(0),
             stopping: false,
             weights: BTreeMap::new(),
+            away: Away::default(),
         };
         coordinator.go_on_from_last();
         (coordinator, Record::TermStarted { term })
@@ -433,6 +437,7 @@ impl Coordinator {
         if let Some(tuning) = &mut self.tuning {
             tuning.forget(id);
         }
+        self.away.left(id, reason, self.weights.get(&id).copied(), self.last().commit.round);
         commands.push(Command::Note(Note::SiteLeft { site: id, reason }));
         self.withdraw(id, reason == LeaveReason::Diverged);
         self.tell_peers(commands);
@@ -835,7 +840,7 @@ impl Coordinator {
             return false;
         }
         let fragments = self.settings.sync.fragments;
-        let steps = self.settings.steps_per_round.min(self.settings.steps_total - planned_steps);
+        let steps = self.steps_of_round(round, self.settings.steps_total - planned_steps, &current);
         self.flushes = if steps == 0 { self.flushes + 1 } else { 0 };
         let fragment = FragmentPlan {
             index: fragment_of(round, fragments),

@@ -37,7 +37,8 @@ pub(crate) struct Engine {
     given: Round,
     work: (Round, Progress),
     pub(crate) queue: VecDeque<Job>,
-    pub(crate) busy: Option<Job>,
+    /// The job at hand, and the seconds that it takes.
+    pub(crate) busy: Option<(Job, f64)>,
 }
 
 impl Engine {
@@ -50,6 +51,18 @@ impl Engine {
             queue: VecDeque::new(),
             busy: None,
         }
+    }
+
+    /// What to do next: of several inner steps the first, for what slows a machine down or is mended is felt from the next step on.
+    pub(crate) fn next(&mut self) -> Option<Job> {
+        let job = self.queue.pop_front()?;
+        let Job::Train { plan, assignment, steps, generation } = job else { return Some(job) };
+        let first = steps.start..steps.end.min(steps.start + 1);
+        if first.end < steps.end {
+            let (plan, assignment, steps) = (plan.clone(), assignment.clone(), first.end..steps.end);
+            self.queue.push_front(Job::Train { plan, assignment, steps, generation });
+        }
+        Some(Job::Train { plan, assignment, steps: first, generation })
     }
 
     /// Makes some steps of an assignment, which took so long.

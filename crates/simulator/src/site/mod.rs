@@ -223,7 +223,7 @@ impl SiteProcess {
             SiteEvent::Fetch(id) => self.try_fetch(id, around),
             SiteEvent::Answered(tried, answer) => self.answered(tried, answer, disk, around),
         }
-        self.start_jobs(disk, around);
+        self.start_jobs(around);
         std::mem::replace(&mut self.fate, SiteFate::Alive)
     }
 
@@ -399,12 +399,12 @@ impl SiteProcess {
     }
 
     /// Gives engine and host their next jobs, if they have none.
-    fn start_jobs(&mut self, disk: &SiteDisk, around: &mut Around) {
+    fn start_jobs(&mut self, around: &mut Around) {
         if self.engine.busy.is_none()
-            && let Some(job) = self.engine.queue.pop_front()
+            && let Some(job) = self.engine.next()
         {
-            let seconds = self.engine_seconds(&job, disk, around);
-            self.engine.busy = Some(job);
+            let seconds = self.engine_seconds(&job, around);
+            self.engine.busy = Some((job, seconds));
             self.at(around, seconds, SiteEvent::EngineDone);
         }
         if self.host.busy.is_none()
@@ -420,7 +420,7 @@ impl SiteProcess {
         tokens as f64 / around.scenario.speeds[self.machine] * around.slowness(self.machine)
     }
 
-    fn engine_seconds(&self, job: &Job, _disk: &SiteDisk, around: &Around) -> f64 {
+    fn engine_seconds(&self, job: &Job, around: &Around) -> f64 {
         match job {
             Job::Prepare => PREPARE_SECONDS,
             Job::Train { assignment, steps, generation, .. } if *generation == self.generation => {
@@ -438,15 +438,14 @@ impl SiteProcess {
     }
 
     fn engine_done(&mut self, disk: &mut SiteDisk, around: &mut Around) {
-        let Some(job) = self.engine.busy.take() else { return };
+        let Some((job, seconds)) = self.engine.busy.take() else { return };
         match job {
             Job::Prepare => self.prepared(disk, around),
             Job::Train { plan, assignment, steps, generation } => {
                 if generation == self.generation {
-                    let samples = steps.clone().map(|index| assignment.step_samples(index)).sum();
-                    let (tokens, compute_seconds) =
-                        (samples * self.settings.sequence_length, self.train_seconds(samples, around));
-                    self.engine.train(&plan, &assignment, steps, Progress { tokens, compute_seconds });
+                    let samples: u64 = steps.clone().map(|index| assignment.step_samples(index)).sum();
+                    let tokens = samples * self.settings.sequence_length;
+                    self.engine.train(&plan, &assignment, steps, Progress { tokens, compute_seconds: seconds });
                 }
             }
             Job::Snapshot { plan, generation } => {

@@ -84,6 +84,8 @@ pub enum FetchError {
         key: BlobKey,
         /// Address and last failure of each holder that failed.
         failures: Vec<(String, String)>,
+        /// Chunks that did not come; the others are kept where the blob was to go to a file.
+        missing_chunks: u64,
     },
     /// All chunks came, and they are not the blob.
     #[error("{key} has hash {found}, expected was {expected}")]
@@ -398,7 +400,7 @@ impl Fetch<'_> {
     fn holders_failed(&self) -> FetchError {
         let address = |index: usize| self.request.holders[index].address.clone();
         let failures = self.transfer.failures().map(|(index, reason)| (address(index), reason.to_owned())).collect();
-        FetchError::Holders { key: self.request.key.clone(), failures }
+        FetchError::Holders { key: self.request.key.clone(), failures, missing_chunks: self.transfer.missing() }
     }
 }
 
