@@ -31,6 +31,9 @@ pub(crate) struct Options {
     /// Sites of a lab
     #[arg(long, value_name = "N", default_value_t = 2)]
     sites: u32,
+    /// Engine of a site, as `lab --site` takes it; may be repeated, and is instead of `--sites`
+    #[arg(long = "site", value_name = "ENGINE", conflicts_with = "sites")]
+    engines: Vec<String>,
     /// Pause before a process that was killed is started again
     #[arg(long, value_name = "TIME", default_value = "3s")]
     restart_after: String,
@@ -105,7 +108,12 @@ fn work(rounds: Option<u64>, minutes: f64) -> [String; 2] {
 impl Options {
     fn lab(&self, binary: &Path, texts: &Path, name: &str, arguments: &[String]) -> Result<Value, Failure> {
         let mut command = self.programs.command(binary);
-        command.args(["--json", "lab", "--sites", &self.sites.to_string(), "--measure-seconds", "1", "--data"]);
+        command.args(["--json", "lab"]);
+        match self.engines.is_empty() {
+            true => command.args(["--sites", &self.sites.to_string()]),
+            false => command.args(self.engines.iter().flat_map(|engine| ["--site", engine])),
+        };
+        command.args(["--measure-seconds", "1", "--data"]);
         command.arg(texts).arg("--folder").arg(self.folder.join(name)).args(arguments);
         command.args(["--restart-after", &self.restart_after]);
         command.args(self.link.iter().flat_map(|link| ["--link", link]));

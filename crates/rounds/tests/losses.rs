@@ -245,3 +245,40 @@ fn a_coordinator_started_again_after_the_last_round_waits_for_nobody() {
     assert!(!run.seconds(60).contains(&Command::Done), "a site that has not been told so may call");
     assert!(run.seconds(1).contains(&Command::Done));
 }
+
+#[test]
+fn who_missed_the_end_is_told_when_those_with_the_last_state_were_told_before() {
+    let settings = Settings { steps_total: 4, ..settings() };
+    let (coordinator, _) = Coordinator::recover(settings.clone(), INITIAL, []);
+    let mut run = Run { coordinator, settings: settings.clone(), now: 1.0 };
+    run.join(0, 0, INITIAL);
+    let plan = plan_for(&run.join(1, 0, INITIAL), 1).unwrap();
+    run.leave(0);
+    let mut commands = run.compute(1, &plan);
+    let applied = Report::Applied { round: Round(1), state_hash: AFTER_ONE };
+    commands.extend(run.tell(Event::Reported(SiteId(1), applied)));
+    let persisted = |command: &Command| match command {
+        Command::Persist(record) => Some(record.clone()),
+        _ => None,
+    };
+    let records: Vec<Record> = commands.iter().filter_map(persisted).collect();
+    assert_eq!(records.last(), Some(&Record::Over { round: Round(1) }));
+    let place = |wanted: fn(&Command) -> bool| commands.iter().position(wanted).unwrap();
+    let logged = place(|command| matches!(command, Command::Persist(Record::Over { .. })));
+    assert!(logged < place(|command| matches!(command, Command::Send(_, Directive::Finish { .. }))), "first the log");
+
+    let again = |records: &[Record]| {
+        let (coordinator, _) = Coordinator::recover(settings.clone(), INITIAL, records.iter().cloned());
+        let mut run = Run { coordinator, settings: settings.clone(), now: 1.0 };
+        run.join(0, 0, INITIAL);
+        run
+    };
+    let mut told = again(&records);
+    assert!(!told.seconds(60).contains(&Command::Done), "who has the last state may call");
+    let end = told.seconds(1);
+    let finished = Directive::Dropped { reason: LeaveReason::Finished };
+    assert!(end.contains(&Command::Send(SiteId(0), finished)) && end.contains(&Command::Done), "{end:?}");
+    assert_eq!(told.coordinator.last().commit.round, Round(1), "what the others have saved stays the end");
+    let mut untold = again(&records[..records.len() - 1]);
+    assert!(!untold.seconds(300).contains(&Command::Done), "the last state may be with a machine that starts again");
+}

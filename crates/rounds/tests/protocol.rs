@@ -627,7 +627,10 @@ fn sites_leave_and_come_back_and_nothing_is_lost() {
         assert!(world.done, "seed {seed}, {shape:?}: stuck after {} commits", world.commits);
         let totals = world.coordinator.ledger().totals();
         assert_eq!(totals.open, 0, "seed {seed}, {shape:?}");
-        assert_eq!(world.coordinator.last().commit.round, Round(world.rounds_total(8)), "seed {seed}, {shape:?}");
+        // Rounds are shorter, and more, while a site is expected back.
+        let last = &world.coordinator.last().commit;
+        assert!(last.round >= Round(world.rounds_total(8)), "seed {seed}, {shape:?}");
+        assert_eq!(last.step, STEPS_PER_ROUND * 8, "seed {seed}, {shape:?}");
         sharded += commits(&world).filter(|commit| !commit.parts.is_empty()).count();
         caught_up += world.parts_caught_up;
     }

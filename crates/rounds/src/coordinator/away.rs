@@ -50,8 +50,8 @@ impl Coordinator {
     /// Inner steps of a round that the sites in `current` begin, of which `left` are left in the run.
     pub(super) fn steps_of_round(&mut self, round: Round, left: u64, current: &[SiteId]) -> u64 {
         let steps = self.settings.steps_per_round;
-        // Where rounds overlap their steps are the schedule's, and short: P rounds to H steps.
-        if self.settings.sync.overlap_steps > 0 {
+        // Where rounds overlap their steps are the schedule's, and short: P rounds to H steps. Adaptive ones are what was chosen, and measured as such.
+        if self.settings.sync.overlap_steps > 0 || self.settings.sync.adaptive {
             return steps.min(left);
         }
         let speed = |id: &SiteId| self.sites.get(id).map_or(0.0, |site| site.speed.believed);

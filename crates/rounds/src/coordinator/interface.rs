@@ -175,6 +175,11 @@ pub enum Record {
         /// The round that counts as the last.
         to: Round,
     },
+    /// Sites that hold the state after this round are told from now on that the run is over: they save it and leave.
+    Over {
+        /// The last round.
+        round: Round,
+    },
 }
 
 /// A commit, and the ledger right after it.

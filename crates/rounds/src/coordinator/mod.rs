@@ -19,6 +19,7 @@
 //! It never touches a tensor: it compares hashes.
 
 mod away;
+mod ending;
 mod grace;
 mod interface;
 mod open_round;
@@ -148,8 +149,10 @@ pub struct Coordinator {
     parted: BTreeMap<SiteId, Round>,
     /// For how many ticks no site has been able to reach the last commit.
     lost_ticks: u32,
-    /// For how many ticks nobody has been here, after the last round.
-    empty_ticks: u32,
+    /// For how many ticks nobody who has the last state has been here, after the last round.
+    vain_ticks: u32,
+    /// The last round, once sites were told that the run is over.
+    told_over: Option<Round>,
     /// For how many ticks sites have been saying what they hold, for the second time in this term or later.
     gathering_ticks: Option<u32>,
     /// The last commit before the current sites began: deltas of later ones are still held by some of them.
@@ -173,7 +176,7 @@ impl Coordinator {
     ) -> (Self, Record) {
         let (initial, ledger) = (Commit::initial(), Ledger::default());
         let mut history = vec![Committed { commit: initial, ledger, state_hash: Some(initial_hash) }];
-        let (mut term, mut settings, mut schedule_from) = (Term(0), settings, Round(1));
+        let (mut term, mut settings, mut schedule_from, mut told_over) = (Term(0), settings, Round(1), None);
         for record in records {
             match record {
                 Record::TermStarted { term: started } => term = term.max(started),
@@ -189,7 +192,11 @@ impl Coordinator {
                     schedule_from = round;
                 }
                 Record::SettingsChanged { .. } => {}
-                Record::RolledBack { to } => history.retain(|committed| committed.commit.round <= to),
+                Record::RolledBack { to } => {
+                    history.retain(|committed| committed.commit.round <= to);
+                    told_over = None;
+                }
+                Record::Over { round } => told_over = Some(round),
             }
         }
         let term = Term(term.0 + 1);
@@ -212,7 +219,8 @@ impl Coordinator {
             attempt: 1,
             parted: BTreeMap::new(),
             lost_ticks: 0,
-            empty_ticks: 0,
+            vain_ticks: 0,
+            told_over,
             gathering_ticks: None,
             started_at: Round(0),
             stopping: false,
@@ -676,6 +684,7 @@ impl Coordinator {
         let to = newest.map_or(Round(0), |committed| committed.commit.round);
         if to < from {
             self.history.retain(|committed| committed.commit.round <= to);
+            self.told_over = None;
             self.go_on_from_last();
             // Rounds will be committed again under the same numbers: the new term tells them apart.
             self.term = Term(self.term.0 + 1);
@@ -953,28 +962,6 @@ impl Coordinator {
         let weights = current.iter().copied().zip(measured.iter().copied()).collect();
         commands.push(Command::Note(Note::SharesMoved { weights }));
         measured
-    }
-
-    fn finish(&mut self, commands: &mut Vec<Command>) {
-        let (round, state_hash) = (self.last().commit.round, self.last().state_hash);
-        let Phase::Finishing(told) = &mut self.phase else { return };
-        if self.sites.is_empty() {
-            commands.push(Command::Done);
-            return;
-        }
-        let Some(state_hash) = state_hash else { return };
-        let (holders, others): (Vec<SiteId>, Vec<SiteId>) =
-            self.sites.keys().copied().partition(|site| self.sites[site].since.is_some());
-        if holders.is_empty() {
-            // Nobody is left to give the final state to those who were still on their way.
-            for site in others {
-                self.drop_site(site, LeaveReason::Finished, commands);
-            }
-            commands.push(Command::Done);
-            return;
-        }
-        let untold = holders.into_iter().filter(|site| told.insert(*site));
-        commands.extend(untold.map(|site| Command::Send(site, Directive::Finish { round, state_hash })));
     }
 }
 
