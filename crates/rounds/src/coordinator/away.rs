@@ -6,6 +6,7 @@
 
 use super::Coordinator;
 use crate::plan::LeaveReason;
+use base::config::SyncSection;
 use base::{Round, SiteId};
 use std::collections::BTreeMap;
 
@@ -47,6 +48,12 @@ impl Away {
 }
 
 impl Coordinator {
+    /// What a site's part of the samples goes by: the setting, or its speed as it was last used.
+    pub(super) fn weight(&self, id: SiteId) -> Option<f64> {
+        let SyncSection { shares, .. } = &self.settings.sync;
+        if shares.is_empty() { self.weights.get(&id).copied() } else { shares.get(id.0 as usize).copied() }
+    }
+
     /// Inner steps of a round that the sites in `current` begin, of which `left` are left in the run.
     pub(super) fn steps_of_round(&mut self, round: Round, left: u64, current: &[SiteId]) -> u64 {
         let steps = self.settings.steps_per_round;
