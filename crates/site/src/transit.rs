@@ -175,6 +175,7 @@ impl Transit {
     fn blame(&self, what: impl Display, (round, from_site): (Round, SiteId), problem: Problem, attempt: u32) {
         match problem.fault {
             Fault::Unknown => self.warn(what, problem, attempt),
+            Fault::Other if !attempt.is_power_of_two() => {}
             Fault::Other | Fault::Hopeless => {
                 self.emit(Event::DeltaRefused { round, from_site, reason: problem.message });
             }
