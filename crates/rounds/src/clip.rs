@@ -9,7 +9,7 @@
 //! at most c times that, times its weight. Nobody says its own norm: every site takes it from the very bytes that it merges, so all have
 //! the same bits. Where nothing is clipped, the merge has the bits that it has without.
 //!
-//! It bounds how far, not where to: a liar below the bound still chooses the direction. That is what the trimmed mean is for ([`super::merge`]),
+//! It bounds how far, not where to: a liar below the bound still chooses the direction. That is what the trimmed mean is for ([`mod@super::merge`]),
 //! which bounds every value by those of honest sites, whatever their norms, and is not clipped.
 
 use base::config::{MergeRule, SyncSection};
