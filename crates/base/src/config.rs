@@ -256,6 +256,9 @@ pub struct SyncSection {
     pub exchange: Exchange,
     /// How deltas become one: `mean` or `trimmed-mean`.
     pub merge: MergeRule,
+    /// A delta whose norm is more than so many times the median of the round's contributors counts as one of that norm; 0 turns that
+    /// off. `mean` only, and of three contributors or more.
+    pub clip_norm: f64,
     /// Whether what coding lost stays in the site's own parameters, so that its next delta holds it. Otherwise the site takes over
     /// what was merged, and adds `error_feedback` of what was lost to its next delta.
     pub keep_residual: bool,
@@ -295,6 +298,7 @@ impl Default for SyncSection {
             adaptive: false,
             exchange: Exchange::Auto,
             merge: MergeRule::Mean,
+            clip_norm: 5.0,
             keep_residual: true,
             error_feedback: 1.0,
             outer_learning_rate: 1.0,
@@ -502,6 +506,7 @@ impl RunConfig {
             ("[train] gradient_clip_norm", self.train.gradient_clip_norm, 0.0, 1e9),
             ("[sync] outer_learning_rate", self.sync.outer_learning_rate, 0.0, 10.0),
             ("[sync] outer_momentum", self.sync.outer_momentum, 0.0, 0.999_999),
+            ("[sync] clip_norm", self.sync.clip_norm, 0.0, 1e6),
             ("[sync] mixing", self.sync.mixing, 0.0, 1.0),
             ("[sync] error_feedback", self.sync.error_feedback, 0.0, 1.0),
             ("[sync] quorum", self.sync.quorum, 0.0, 1.0),
@@ -521,6 +526,11 @@ impl RunConfig {
     fn validate_sync(&self) -> Result<(), ConfigError> {
         let SyncSection { strategy, inner_steps, fragments, overlap_steps, adaptive, .. } = self.sync;
         let refuse = |field: &str, reason: String| Err(ConfigError::Value { field: format!("[sync] {field}"), reason });
+        let clip_norm = self.sync.clip_norm;
+        if clip_norm > 0.0 && clip_norm < 1.0 {
+            let reason = format!("{clip_norm} would clip half of all deltas: take 0 for none, or 1 and more");
+            return refuse("clip_norm", reason);
+        }
         if (self.sync.exchange, self.sync.codec, adaptive) == (Exchange::Sharded, Codec::LowRank, false) {
             return refuse(
                 "exchange",
@@ -648,6 +658,8 @@ mod tests {
         refuse(&|c| c.sync.shares = vec![1.0, -1.0]);
         refuse(&|c| c.model.num_key_value_heads = 3);
         refuse(&|c| c.data.sequence_length = 257);
+        refuse(&|c| c.sync.clip_norm = 0.5);
+        refuse(&|c| c.sync.clip_norm = f64::INFINITY);
         refuse(&|c| c.sync.fragments = 2);
         refuse(&|c| c.sync.overlap_steps = 1);
         refuse(&|c| c.sync.adaptive = true);

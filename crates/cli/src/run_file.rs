@@ -72,6 +72,7 @@ const SECTIONS: [Section; 7] = [
                 "merge",
                 "mean: weighted by tokens; trimmed-mean: less the largest and smallest values, against false deltas",
             ),
+            ("clip_norm", "mean: longer deltas are cut to so many times the median of the round's norms; 0 never"),
             ("keep_residual", "whether what coding lost stays in the site's own parameters"),
             ("error_feedback", "else: part of it that is added to the next delta"),
             ("outer_learning_rate", "step size of the outer Nesterov momentum"),

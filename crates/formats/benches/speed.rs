@@ -132,6 +132,7 @@ fn rows(values: usize) -> Vec<Row> {
     element_rows::<F16>(values, &mut rows);
     for kind in CodecKind::ALL {
         codec_rows(kind, values, &mut rows);
+        check_rows(kind, values, &mut rows);
     }
     low_rank_rows(values, &mut rows);
     rows
@@ -215,6 +216,34 @@ fn codec_rows(kind: CodecKind, values: usize, rows: &mut Vec<Row>) {
     });
 }
 
+/// What a merge does to each delta before it adds it: to check it, and to check it and take its norm, where long ones are clipped.
+fn check_rows(kind: CodecKind, values: usize, rows: &mut Vec<Row>) {
+    let codec = kind.codec();
+    let encoded = move |buffers: &Buffers| {
+        let mut encoded = vec![0; codec.encoded_bytes(values)];
+        codec.encode(&mut buffers.input.clone(), &mut encoded);
+        encoded
+    };
+    rows.push(Row {
+        name: format!("codec {kind}: check"),
+        run: Box::new(move |buffers| {
+            let encoded = encoded(buffers);
+            timed(buffers.repeats, || {
+                codec.check(black_box(&encoded), values).unwrap_or_else(|error| panic!("{error}"))
+            })
+        }),
+    });
+    rows.push(Row {
+        name: format!("codec {kind}: check and squared norm"),
+        run: Box::new(move |buffers| {
+            let encoded = encoded(buffers);
+            timed(buffers.repeats, || {
+                black_box(codec.squared_norm(black_box(&encoded), values).unwrap_or_else(|error| panic!("{error}")));
+            })
+        }),
+    });
+}
+
 /// Low-rank coding, at rank 10, of the input cut into the matrices of a small transformer's layers.
 fn low_rank_rows(values: usize, rows: &mut Vec<Row>) {
     let low_rank = Rc::new(LowRank::new(&layer_shapes(values), 10));
@@ -243,6 +272,24 @@ fn low_rank_rows(values: usize, rows: &mut Vec<Row>) {
             let encoded = encoded(&coding, buffers);
             timed(buffers.repeats, || {
                 coding.decode(black_box(&encoded), black_box(&mut decoded)).unwrap_or_else(|error| panic!("{error}"));
+            })
+        }),
+    });
+    let coding = low_rank.clone();
+    rows.push(Row {
+        name: "low rank, 10: check".to_owned(),
+        run: Box::new(move |buffers| {
+            let encoded = encoded(&coding, buffers);
+            timed(buffers.repeats, || coding.check(black_box(&encoded)).unwrap_or_else(|error| panic!("{error}")))
+        }),
+    });
+    let coding = low_rank.clone();
+    rows.push(Row {
+        name: "low rank, 10: check and squared norm".to_owned(),
+        run: Box::new(move |buffers| {
+            let encoded = encoded(&coding, buffers);
+            timed(buffers.repeats, || {
+                black_box(coding.squared_norm(black_box(&encoded)).unwrap_or_else(|error| panic!("{error}")));
             })
         }),
     });

@@ -12,7 +12,8 @@
 //! p = (u (S - 1) (b + 32) - b) / ((S - 1) 32 - b)      not below 0, and together 1
 //! ```
 //! unless equal parts take less time, because of what sites receive. The merged values are the same bits whichever way, and however
-//! the parts are cut: every value is the sum of the same products in the same order.
+//! the parts are cut: every value is the sum of the same products in the same order. But for what is too long ([`super::clip`]): that is told
+//! of each slice beside the other slices of its part.
 
 use crate::plan::LinkReport;
 use base::config::{Codec, Exchange};

@@ -8,6 +8,7 @@
 //! Nothing here reads a clock, draws randomness or touches I/O: time is an argument.
 
 pub mod adaptive;
+pub mod clip;
 mod codec;
 pub mod coordinator;
 pub mod exchange;
@@ -21,12 +22,13 @@ pub mod schedule;
 pub mod shares;
 pub mod stall;
 
+pub use clip::Clipped;
 pub use codec::{EncoderMemory, FragmentCodec};
 pub use coordinator::{Command, Coordinator, Event, Settings};
 pub use exchange::{MergedPart, Part};
 pub use ledger::{Ledger, LedgerTotals, SampleRange};
 pub use member::{Member, MemberCommand, MemberEvent};
-pub use merge::{merge, merge_part, token_weights};
+pub use merge::{Weighed, merge, merge_part, merge_weighed, token_weights, weigh};
 pub use outer::{OuterOptimizer, OuterRule};
 pub use plan::{
     Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, LinkReport, Measurement, Peer,

@@ -313,6 +313,8 @@ pub enum LeaveReason {
     EngineHung,
     /// It may not come back: whoever runs the coordinator said so.
     Revoked,
+    /// No other site had taken its delta by the deadline: it cannot be fetched, or is none.
+    DeltaUnwanted,
 }
 
 /// Longest text in a [`SiteDevice`].

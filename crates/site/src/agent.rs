@@ -202,6 +202,7 @@ pub fn describe(reason: LeaveReason) -> &'static str {
         LeaveReason::EngineNotFinite => "its engine gave a number that is not finite",
         LeaveReason::EngineHung => "its engine did not come back from a call",
         LeaveReason::Revoked => "its key was revoked",
+        LeaveReason::DeltaUnwanted => "no other site could take its delta before the deadline",
         _ => "for a reason that this version does not know",
     }
 }
@@ -902,9 +903,13 @@ impl Agent {
                 self.feed(MemberEvent::Encoded { round, contribution, slice_hashes }).await
             }
             Done::Reduced { abandoned, .. } if abandoned.load(Ordering::Relaxed) => Ok(()),
-            Done::Reduced { key, part, hash, blob, .. } => self.reduced(key, part, (hash, blob)).await,
+            Done::Reduced { key, part, clipped, hash, blob, .. } => {
+                clipped.iter().for_each(|clipped| self.emit(clipped.event(key.round)));
+                self.reduced(key, part, (hash, blob)).await
+            }
             Done::Merged(merged) => {
                 let Merged { round, state_hash, fragment, .. } = merged;
+                merged.clipped.iter().for_each(|clipped| self.emit(clipped.event(round)));
                 self.held = (round, state_hash);
                 self.merged.insert(round, merged);
                 self.forget_through(round, fragment);

@@ -8,7 +8,7 @@ use crate::trainer::{Progress, TrainError};
 use crate::worker::Done;
 use base::{ContentHash, Round, SiteId};
 use bytes::Bytes;
-use rounds::{Commit, Contribution, FragmentPlan, Measurement, RoundPlan};
+use rounds::{Commit, Contribution, Contributor, FragmentPlan, Measurement, RoundPlan};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -32,8 +32,8 @@ pub(crate) struct Slice {
 pub(crate) enum HostJob {
     /// Encode what the engine has trained.
     Encode { plan: RoundPlan, values: Arc<Vec<f32>>, progress: Progress, abandon: Arc<AtomicBool> },
-    /// Merge the slices of deltas, with their makers' tokens, for everybody.
-    Reduce { key: PartKey, values: usize, slices: Vec<(u64, Bytes)>, abandon: Arc<AtomicBool> },
+    /// Merge the slices of these contributors' deltas for everybody.
+    Reduce { key: PartKey, values: usize, contributors: Vec<Contributor>, slices: Vec<Bytes>, abandon: Arc<AtomicBool> },
     /// Merge the deltas of a commit, in its order, or take its merged parts.
     Merge { commit: Commit, inputs: Vec<Bytes> },
     /// Take over a state that was fetched.
@@ -52,13 +52,15 @@ pub(crate) fn run(mut merger: Merger, jobs: &std::sync::mpsc::Receiver<HostJob>,
                 encode(&mut merger, &plan, &values, &progress, (abandon, merge_seconds))
             }
             HostJob::Reduce { abandon, .. } if abandon.load(Ordering::Relaxed) => continue,
-            HostJob::Reduce { key, values, slices, abandon } => match merger.reduce(key.fragment, values, &slices) {
-                Ok(part) => {
-                    let blob = Blob::memory(part.clone());
-                    Done::Reduced { key, part, hash: hash_of(&blob), blob, abandoned: abandon }
+            HostJob::Reduce { key, values, contributors, slices, abandon } => {
+                match merger.reduce(key.fragment, values, (&contributors, &slices)) {
+                    Ok((part, clipped)) => {
+                        let blob = Blob::memory(part.clone());
+                        Done::Reduced { key, part, clipped, hash: hash_of(&blob), blob, abandoned: abandon }
+                    }
+                    Err(error) => Done::Failed(TrainError::Merge(error)),
                 }
-                Err(error) => Done::Failed(TrainError::Merge(error)),
-            },
+            }
             HostJob::Merge { commit, inputs } => {
                 let began = Instant::now();
                 let merged = merger.merge(&commit, &inputs);

@@ -25,7 +25,7 @@ pub use agent::{AgentError, EngineFactory, JoinOptions, join};
 pub use alone::train_alone;
 pub use folder::{FolderError, RunFolder};
 pub use join::JoinError;
-pub use merger::{Fragments, LocalChange, Merged, Merger};
+pub use merger::{Clipped, Fragments, LocalChange, Merged, Merger};
 pub use state::{GlobalState, Mode, SavedState, SharedState, TrainingState};
 pub use trainer::{Evaluation, Progress, TrainError, Trainer};
 pub use watchdog::HangBounds;

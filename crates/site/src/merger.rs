@@ -4,7 +4,7 @@
 //! ```text
 //! d = G_p - L_p + e_p         (the gradient + e_p where the strategy is synchronous)
 //! q = decode(encode(d))
-//! D = sum over contributors, ascending by site id, of (T_i / sum T) * q_i        in f32
+//! D = sum over contributors, ascending by site id, of (T_i / sum T) * f_i * q_i  in f32, f_i of rounds::clip
 //! ```
 //! then the outer step on D ([`rounds::OuterOptimizer`]). What coding lost, d - q, is kept in one of two ways:
 //!
@@ -21,10 +21,11 @@ use base::config::{MergeRule, Strategy, SyncSection};
 use base::{ContentHash, Fragment, ParameterSchema, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use formats::CodecKind;
-use rounds::{Commit, EncoderMemory, FragmentCodec, FragmentPlan};
+use rounds::{Commit, Contributor, EncoderMemory, FragmentCodec, FragmentPlan, Weighed};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
+use telemetry::Event;
 
 /// A number in a delta that is not finite.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,6 +47,33 @@ pub struct Merged {
     pub fragment: FragmentPlan,
     /// What becomes of this site's own parameters of the fragment.
     pub local: LocalChange,
+    /// Deltas that counted for less than their tokens say.
+    pub clipped: Vec<Clipped>,
+}
+
+/// A delta that was too long beside the others, or a slice of one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Clipped {
+    /// Whose.
+    pub site: SiteId,
+    /// By how much.
+    pub by: rounds::Clipped,
+    /// Values that the norms are of: those of the fragment, or of a slice.
+    pub values: usize,
+}
+
+impl Clipped {
+    /// As the log has it.
+    pub fn event(&self, round: Round) -> Event {
+        let rounds::Clipped { norm, median, factor, .. } = self.by;
+        let (site, values) = (self.site, self.values as u64);
+        Event::DeltaClipped { round, site, norm, median, factor: f64::from(factor), values }
+    }
+}
+
+/// Who each of these is, among `contributors`.
+fn named(clipped: &[rounds::Clipped], contributors: &[Contributor], values: usize) -> Vec<Clipped> {
+    clipped.iter().map(|by| Clipped { site: contributors[by.index].site, by: *by, values }).collect()
 }
 
 /// How local parameters take over what was merged.
@@ -250,8 +278,8 @@ impl Merger {
         Err(NotFinite { parameter: name.unwrap_or_default(), value: delta[index] })
     }
 
-    /// Merges the slices of deltas that a round's contributors have for this site, `values` values of each: `slices` has them in order, with
-    /// their tokens. Gives the merge as little-endian f32: the same bits as these values of the merge of the whole deltas.
+    /// Merges the slices of deltas that a round's contributors have for this site, `values` values of each, in order. Gives the merge as
+    /// little-endian f32, and the slices that were clipped: where none is, the same bits as these values of the merge of the whole deltas.
     ///
     /// # Errors
     /// Bytes that no encoder writes. They were checked when they were fetched, so that this is a bug or a broken memory.
@@ -259,12 +287,14 @@ impl Merger {
         &mut self,
         plan: FragmentPlan,
         values: usize,
-        slices: &[(u64, Bytes)],
-    ) -> Result<Bytes, formats::DecodeError> {
-        let slices: Vec<(u64, &[u8])> = slices.iter().map(|(tokens, slice)| (*tokens, &slice[..])).collect();
+        (contributors, slices): (&[Contributor], &[Bytes]),
+    ) -> Result<(Bytes, Vec<Clipped>), formats::DecodeError> {
+        let weighed = contributors.iter().map(|contributor| contributor.tokens);
+        let slices: Vec<(u64, &[u8])> = weighed.zip(slices.iter().map(|slice| &slice[..])).collect();
         self.scratch.resize(values, 0.0);
-        rounds::merge(self.sync.merge, &self.fragments.codec(plan), &slices, &mut self.scratch)?;
-        Ok(self.scratch.iter().flat_map(|value| value.to_le_bytes()).collect())
+        let clipped = rounds::merge(&self.sync, &self.fragments.codec(plan), &slices, &mut self.scratch)?;
+        let merged = self.scratch.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Ok((merged, named(&clipped, contributors, values)))
     }
 
     /// How deltas of that fragment are coded.
@@ -281,10 +311,15 @@ impl Merger {
         let fragment = self.fragments.of(commit.fragment);
         let codec = self.fragments.codec(commit.fragment);
         let inputs = match commit.parts.is_empty() {
-            true => Inputs::Deltas(self.sync.merge, inputs),
-            false => Inputs::Parts(inputs),
+            true => {
+                let tokens = commit.contributors.iter().map(|contributor| contributor.tokens);
+                let contributions: Vec<(u64, &Bytes)> = tokens.zip(inputs).collect();
+                let weighed = rounds::weigh(&self.sync, &codec, &contributions, fragment.elements())?;
+                Inputs::Deltas(self.sync.merge, weighed, inputs)
+            }
+            false => Inputs::parts(inputs, fragment.elements())?,
         };
-        inputs.check(&codec, fragment.elements())?;
+        let clipped = named(inputs.clipped(), &commit.contributors, fragment.elements());
         let own_before = self.settle_own(commit, &fragment)?;
         let counts_from_snapshot = own_before.is_some();
         let (values, state_hash) = self.step(commit, (&fragment, &codec), &inputs, own_before)?;
@@ -293,7 +328,7 @@ impl Merger {
         } else {
             LocalChange::Become(values)
         };
-        Ok(Merged { round: commit.round, state_hash, fragment: commit.fragment, local })
+        Ok(Merged { round: commit.round, state_hash, fragment: commit.fragment, local, clipped })
     }
 
     /// Takes the outer step, and gives what becomes of the local parameters, what is added to them or what they become, and the hash of the
@@ -306,7 +341,6 @@ impl Merger {
         own_before: Option<Vec<f32>>,
     ) -> Result<(Vec<f32>, ContentHash), formats::DecodeError> {
         let (adds, alpha) = (self.adds_to_local(), self.sync.mixing as f32);
-        let weights = rounds::token_weights(commit.contributors.iter().map(|contributor| contributor.tokens));
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let GlobalState { parameters, outer, .. } = &mut *state;
         let is_separable = outer.is_separable();
@@ -315,7 +349,7 @@ impl Merger {
         for (index, part) in parts.into_iter().enumerate() {
             self.scratch.clear();
             self.scratch.resize(part.len(), 0.0);
-            inputs.merge_part(codec, (index, part.clone()), &weights, &mut self.scratch)?;
+            inputs.merge_part(codec, (index, part.clone()), &mut self.scratch)?;
             for (place, within) in fragment.places(part.clone()) {
                 outer.step_part(place.clone(), parameters, &self.scratch[within.clone()]);
                 let values = &mut values[part.start + within.start..part.start + within.end];
@@ -324,7 +358,7 @@ impl Merger {
             }
         }
         if !is_separable {
-            inputs.merge(codec, commit, &mut values)?;
+            inputs.merge(codec, &mut values)?;
             outer.step(commit.round.0 - 1, fragment, parameters, &mut values);
             fragment.gather(parameters, &mut values);
         }
@@ -376,28 +410,28 @@ impl Merger {
 /// What a merge is made of.
 enum Inputs<'a> {
     /// Whole deltas, in the order of the contributors, and how they become one.
-    Deltas(MergeRule, &'a [Bytes]),
+    Deltas(MergeRule, Weighed, &'a [Bytes]),
     /// What sites have merged of them, little-endian f32, together all values in order.
     Parts(&'a [Bytes]),
 }
 
-impl Inputs<'_> {
-    fn check(&self, codec: &FragmentCodec, elements: usize) -> Result<(), formats::DecodeError> {
+impl<'a> Inputs<'a> {
+    /// Parts that are the whole.
+    fn parts(parts: &'a [Bytes], elements: usize) -> Result<Self, formats::DecodeError> {
+        let uncoded = CodecKind::F32.codec();
+        let (wanted, found) = (uncoded.encoded_bytes(elements), parts.iter().map(Bytes::len).sum());
+        if wanted != found {
+            return Err(formats::DecodeError::Length { codec: CodecKind::F32, values: elements, wanted, found });
+        }
+        parts.iter().try_for_each(|part| uncoded.check(part, part.len() / size_of::<f32>()))?;
+        Ok(Self::Parts(parts))
+    }
+
+    /// What this site has clipped: merged parts were clipped by who has merged them.
+    fn clipped(&self) -> &[rounds::Clipped] {
         match self {
-            Self::Deltas(_, deltas) => deltas.iter().try_for_each(|delta| codec.check(delta)),
-            Self::Parts(parts) => {
-                let uncoded = CodecKind::F32.codec();
-                let (wanted, found) = (uncoded.encoded_bytes(elements), parts.iter().map(Bytes::len).sum());
-                if wanted != found {
-                    return Err(formats::DecodeError::Length {
-                        codec: CodecKind::F32,
-                        values: elements,
-                        wanted,
-                        found,
-                    });
-                }
-                parts.iter().try_for_each(|part| uncoded.check(part, part.len() / size_of::<f32>()))
-            }
+            Self::Deltas(_, weighed, _) => &weighed.clipped,
+            Self::Parts(_) => &[],
         }
     }
 
@@ -406,11 +440,12 @@ impl Inputs<'_> {
         &self,
         codec: &FragmentCodec,
         (index, range): (usize, Range<usize>),
-        weights: &[f32],
         merged: &mut [f32],
     ) -> Result<(), formats::DecodeError> {
         match self {
-            Self::Deltas(rule, deltas) => rounds::merge_part(*rule, codec, index, (weights, deltas), merged),
+            Self::Deltas(rule, weighed, deltas) => {
+                rounds::merge_part(*rule, codec, index, (&weighed.weights, deltas), merged)
+            }
             Self::Parts(parts) => {
                 copy_merged(parts, range, merged);
                 Ok(())
@@ -419,13 +454,10 @@ impl Inputs<'_> {
     }
 
     /// Writes the whole merge to `merged`.
-    fn merge(&self, codec: &FragmentCodec, commit: &Commit, merged: &mut [f32]) -> Result<(), formats::DecodeError> {
+    fn merge(&self, codec: &FragmentCodec, merged: &mut [f32]) -> Result<(), formats::DecodeError> {
         match self {
-            Self::Deltas(rule, deltas) => {
-                let contributors = commit.contributors.iter().zip(*deltas);
-                let contributions: Vec<(u64, &[u8])> =
-                    contributors.map(|(contributor, delta)| (contributor.tokens, &delta[..])).collect();
-                rounds::merge(*rule, codec, &contributions, merged)
+            Self::Deltas(rule, weighed, deltas) => {
+                rounds::merge_weighed(*rule, codec, (&weighed.weights, deltas), merged)
             }
             Self::Parts(parts) => {
                 copy_merged(parts, 0..merged.len(), merged);

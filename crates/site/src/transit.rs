@@ -3,7 +3,8 @@
 //! [`rounds::routes`] says which way is tried first; the other one follows where it fails or takes long. Whichever brings
 //! the delta, it is the same bytes: their length and BLAKE3 are what the coordinator has announced, and they are what an encoder
 //! can have written. What is not is refused, named in the log, and fetched the other way or again, until the delta is here or its
-//! round is over. So nothing is lost by a store that is away, or that gives something else back.
+//! round is over. So nothing is lost by a store that is away, or that gives something else back. Bytes that were announced so and are no
+//! delta are not fetched again: their round goes on without their site, or ends.
 
 pub(crate) mod sharded;
 
@@ -18,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use telemetry::{Event, Reporter};
 use tokio::sync::{Notify, watch};
-use wire::{BlobClient, BlobKey, BlobRequest, Holder, Traffic};
+use wire::{BlobClient, BlobKey, BlobRequest, FetchError, Holder, Traffic};
 
 /// Pause before what could not be fetched or left is tried again.
 pub(crate) const AGAIN: Duration = Duration::from_secs(1);
@@ -64,6 +65,8 @@ struct Attempt<'a> {
     holders: Vec<Holder>,
     /// From 1.
     number: u32,
+    /// What was announced has come, and is no delta.
+    is_hopeless: AtomicBool,
 }
 
 impl Attempt<'_> {
@@ -100,6 +103,35 @@ pub(crate) struct Transit {
 struct Problem {
     message: String,
     hint: Option<String>,
+    fault: Fault,
+}
+
+/// Whose fault that is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// Nobody's that is known: the next try may bring it.
+    Unknown,
+    /// Its maker's, who gave something else than was announced: the next try may bring that.
+    Other,
+    /// Its maker's, who announced what cannot be merged: no try brings anything else.
+    Hopeless,
+}
+
+impl Problem {
+    fn new(message: impl Into<String>, hint: Option<String>) -> Self {
+        Self { message: message.into(), hint, fault: Fault::Unknown }
+    }
+
+    /// What came is what was announced, and that is wrong.
+    fn hopeless(error: &formats::DecodeError) -> Self {
+        Self { message: error.to_string(), hint: None, fault: Fault::Hopeless }
+    }
+
+    /// It could not be fetched, from its maker alone or from anybody.
+    fn of_fetch(error: &FetchError, from_maker: bool) -> Self {
+        let fault = if from_maker && matches!(error, FetchError::Hash { .. }) { Fault::Other } else { Fault::Unknown };
+        Self { message: error.to_string(), hint: Some(HINT_DIRECT.to_owned()), fault }
+    }
 }
 
 impl Transit {
@@ -139,6 +171,17 @@ impl Transit {
         }
     }
 
+    /// The same, where it may be the fault of the site that made it.
+    fn blame(&self, what: impl Display, (round, from_site): (Round, SiteId), problem: Problem, attempt: u32) {
+        match problem.fault {
+            Fault::Unknown => self.warn(what, problem, attempt),
+            Fault::Other if !attempt.is_power_of_two() => {}
+            Fault::Other | Fault::Hopeless => {
+                self.emit(Event::DeltaRefused { round, from_site, reason: problem.message });
+            }
+        }
+    }
+
     /// Fetches a delta, and goes on until it is here.
     pub(crate) async fn fetch(&self, wanted: &Wanted) -> Bytes {
         let mut attempt = 1;
@@ -161,18 +204,23 @@ impl Transit {
         let open = OpenRoutes { direct: !holders.is_empty(), object_store: self.store.is_some() };
         let Some(choice) = self.routes().choose(wanted.from(), wanted.bytes(), open) else {
             let message = "that site cannot be dialled, and this one has no object store".to_owned();
-            self.warn(describe(wanted), Problem { message, hint: Some(HINT_NO_WAY.to_owned()) }, number);
+            self.warn(describe(wanted), Problem::new(message, Some(HINT_NO_WAY.to_owned())), number);
             return None;
         };
         if is_first && choice.is_news && self.store.is_some() {
             let (from_site, route, reason) = (wanted.from(), choice.first.to_string(), choice.reason.to_string());
             self.emit(Event::RouteChosen { from_site, route, reason });
         }
-        let attempt = Attempt { wanted, holders, number };
-        match choice.second {
+        let attempt = Attempt { wanted, holders, number, is_hopeless: AtomicBool::new(false) };
+        let taken = match choice.second {
             None => self.take(&attempt, choice.first).await,
             Some(second) => self.race(&attempt, choice, second).await,
+        };
+        if attempt.is_hopeless.load(Ordering::Relaxed) {
+            // Until its round is over, which ends this.
+            std::future::pending::<()>().await;
         }
+        taken
     }
 
     /// The first way, and where it fails or its head start is over, the second one too: what comes first.
@@ -189,7 +237,7 @@ impl Transit {
         let by_second = async {
             let head_start = Duration::from_secs_f64(choice.head_start_seconds);
             let _failed_early = tokio::time::timeout(head_start, failed.notified()).await;
-            self.take(attempt, second).await
+            if attempt.is_hopeless.load(Ordering::Relaxed) { None } else { self.take(attempt, second).await }
         };
         let (delta, route) = tokio::select! {
             Some(delta) = by_first => (delta, choice.first),
@@ -212,7 +260,7 @@ impl Transit {
         };
         let checked = taken.and_then(|delta| match attempt.wanted.codec.check(&delta) {
             Ok(()) => Ok(delta),
-            Err(error) => Err(Problem { message: error.to_string(), hint: None }),
+            Err(error) => Err(Problem::hopeless(&error)),
         });
         match checked {
             Ok(delta) => {
@@ -220,7 +268,11 @@ impl Transit {
                 Some(delta)
             }
             Err(problem) => {
-                self.warn(describe(attempt.wanted), problem, attempt.number);
+                let (wanted, is_hopeless) = (attempt.wanted, problem.fault == Fault::Hopeless);
+                // Both ways bring the same.
+                if !(is_hopeless && attempt.is_hopeless.swap(true, Ordering::Relaxed)) {
+                    self.blame(describe(wanted), (wanted.round, wanted.from()), problem, attempt.number);
+                }
                 if attempt.is_first() {
                     self.routes().failed(attempt.wanted.from(), route);
                 }
@@ -236,7 +288,8 @@ impl Transit {
         }
     }
 
-    async fn take_directly(&self, Attempt { wanted, holders, .. }: &Attempt<'_>) -> Result<Bytes, Problem> {
+    async fn take_directly(&self, attempt: &Attempt<'_>) -> Result<Bytes, Problem> {
+        let Attempt { wanted, holders, .. } = attempt;
         let Contributor { site, delta_hash, delta_bytes, .. } = wanted.contributor;
         let request = BlobRequest {
             key: BlobKey::Delta { round: wanted.round, fragment: wanted.fragment, site },
@@ -247,9 +300,7 @@ impl Transit {
             streams: BULK_STREAMS,
         };
         let fetched = self.client.fetch(&request).await;
-        fetched
-            .map(Bytes::from)
-            .map_err(|error| Problem { message: error.to_string(), hint: Some(HINT_DIRECT.to_owned()) })
+        fetched.map(Bytes::from).map_err(|error| Problem::of_fetch(&error, attempt.is_first()))
     }
 
     async fn take_from_store(&self, store: &ObjectStore, wanted: &Wanted) -> Result<Bytes, Problem> {
@@ -257,7 +308,7 @@ impl Transit {
         let expected = wanted.codec.encoded_bytes() as u64;
         if delta_bytes != expected {
             let message = format!("it was announced with {delta_bytes} bytes, its codec writes {expected}");
-            return Err(Problem { message, hint: None });
+            return Err(Problem { fault: Fault::Hopeless, ..Problem::new(message, None) });
         }
         let key = ObjectKey::Delta { round: wanted.round, fragment: wanted.fragment, site };
         match store.get(&key, delta_bytes, delta_hash, STORE_PATIENCE).await {
@@ -265,7 +316,7 @@ impl Transit {
                 self.traffic.add(0, delta_bytes);
                 Ok(fetched.content)
             }
-            Err(error) => Err(Problem { message: error.to_string(), hint: error.hint() }),
+            Err(error) => Err(Problem::new(error.to_string(), error.hint())),
         }
     }
 
@@ -292,7 +343,7 @@ impl Transit {
                     patience *= 2;
                 }
                 Err(error) => {
-                    let problem = Problem { message: error.to_string(), hint: error.hint() };
+                    let problem = Problem::new(error.to_string(), error.hint());
                     self.warn("the own delta", problem, attempt);
                     attempt += 1;
                     tokio::time::sleep(AGAIN).await;

@@ -11,7 +11,7 @@ use crate::alone::{evaluated_event, reduction_events, sample_event, save_checkpo
 use crate::folder::RunFolder;
 use crate::host::{HostJob, PartKey, Slice};
 use crate::known_speed::KnownSpeed;
-use crate::merger::{Fragments, LocalChange, Merged};
+use crate::merger::{Clipped, Fragments, LocalChange, Merged};
 use crate::state::{GlobalState, Mode, SavedState, SharedState, TrainingState};
 use crate::trainer::{Evaluation, Progress, TrainError, Trainer};
 use base::config::Strategy;
@@ -66,6 +66,8 @@ pub(crate) enum Done {
     Reduced {
         key: PartKey,
         part: Bytes,
+        /// Slices that counted for less than their tokens say.
+        clipped: Vec<Clipped>,
         hash: ContentHash,
         blob: Blob,
         abandoned: Arc<AtomicBool>,

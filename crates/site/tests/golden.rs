@@ -198,6 +198,8 @@ struct World<'a> {
     commit: Option<Commit>,
     /// Token-weighted training loss of each round.
     losses: Vec<f64>,
+    /// Whose deltas were clipped, in the order of the rounds.
+    clipped: Vec<SiteId>,
 }
 
 impl<'a> World<'a> {
@@ -220,8 +222,8 @@ impl<'a> World<'a> {
             Site { trainer, merger, saved }
         };
         let sites = states.into_iter().enumerate().map(site).collect();
-        let (plan, commit, losses) = (None, None, Vec::new());
-        let mut world = Self { run, sites, coordinator, records, merge, arrival, plan, commit, losses };
+        let (plan, commit, losses, clipped) = (None, None, Vec::new(), Vec::new());
+        let mut world = Self { run, sites, coordinator, records, merge, arrival, plan, commit, losses, clipped };
         for (index, (round, state_hash)) in held.into_iter().enumerate() {
             let site = SiteId(index as u32);
             let (name, fingerprint) = (format!("site-{index}"), ContentHash::of(&[index as u8]));
@@ -303,6 +305,9 @@ impl<'a> World<'a> {
             let merged = merger.merge(&handed, &deltas).unwrap();
             let fragment = trainer.schema().whole();
             trainer.take_over(&fragment, &merged.local).unwrap();
+            if site == 0 {
+                self.clipped.extend(merged.clipped.iter().map(|clipped| clipped.site));
+            }
             self.report(site, Report::Applied { round: commit.round, state_hash: merged.state_hash });
         }
         let hash = self.state_hash();
@@ -456,34 +461,60 @@ fn random(deltas: Deltas) -> Deltas {
     with_lie(deltas, |_| random.borrow_mut().next_normal())
 }
 
-/// With plain averaging as well, to see that each lie is one.
+/// Where `cargo xtask faults` collects what tests have measured.
+const FIGURES_FOLDER: &str = "BERINGIA_FIGURES";
+
+/// Rounds of the runs with a liar.
+const ROUNDS: usize = 30;
+
+/// The loss of the first round and of the last four, of four sites whose deltas are merged in that way; and whose were clipped.
+fn with_four_sites(rule: MergeRule, clip_norm: f64, merge: Merge) -> (f64, f64, Vec<SiteId>) {
+    let run = Run::new(|config| {
+        config.train.steps = 5 * ROUNDS as u64;
+        config.train.batch_samples = 16;
+        config.train.learning_rate = 3e-3;
+        config.sync.inner_steps = 5;
+        config.sync.sites = 4;
+        config.sync.shares = vec![1.0; 4];
+        config.sync.merge = rule;
+        config.sync.clip_norm = clip_norm;
+    });
+    let world = rounds_of(&run, ROUNDS, merge);
+    (world.losses[0], world.losses[ROUNDS - 4..].iter().sum::<f64>() / 4.0, world.clipped)
+}
+
+/// With plain averaging as well, to see that each lie is one, and with clipping, which bounds how much of one counts.
 #[test]
 fn one_liar_of_four_costs_a_trimmed_mean_at_most_a_hundredth_of_the_loss() {
-    const ROUNDS: usize = 30;
-    let last_losses = |world: &World<'_>| world.losses[ROUNDS - 4..].iter().sum::<f64>() / 4.0;
-    let with = |rule: MergeRule, merge: Merge| {
-        let run = Run::new(|config| {
-            config.train.steps = 5 * ROUNDS as u64;
-            config.train.batch_samples = 16;
-            config.train.learning_rate = 3e-3;
-            config.sync.inner_steps = 5;
-            config.sync.sites = 4;
-            config.sync.shares = vec![1.0; 4];
-            config.sync.merge = rule;
-        });
-        let world = rounds_of(&run, ROUNDS, merge);
-        (world.losses[0], last_losses(&world))
-    };
-    let (first, honest) = with(MergeRule::Mean, as_committed);
+    const CLIP_NORM: f64 = 5.0;
+    let mut figures = Vec::new();
+    let (first, honest, _) = with_four_sites(MergeRule::Mean, 0.0, as_committed);
     assert!(honest < first - 1.0, "something was learnt: {first} to {honest}");
-    let (_, trimmed) = with(MergeRule::TrimmedMean, as_committed);
+    let (_, trimmed, _) = with_four_sites(MergeRule::TrimmedMean, CLIP_NORM, as_committed);
     assert!(trimmed < 1.01 * honest, "trimming alone: {trimmed}, {honest}");
-    for (name, lie) in [("times 10^4", ten_thousandfold as Merge), ("sign flipped", sign_flipped), ("random", random)] {
-        let ((_, robust), (_, mean)) = (with(MergeRule::TrimmedMean, lie), with(MergeRule::Mean, lie));
-        eprintln!("{name}: {robust:.4} with a trimmed mean, {mean:.4} with a mean, {honest:.4} without a liar");
+    let (_, clipped, sites) = with_four_sites(MergeRule::Mean, CLIP_NORM, as_committed);
+    assert_eq!((clipped.to_bits(), sites), (honest.to_bits(), Vec::new()), "no honest delta is clipped");
+    for (name, lie, too_long) in [
+        ("times 10^4", ten_thousandfold as Merge, ROUNDS),
+        ("sign flipped", sign_flipped, 0),
+        ("random", random, ROUNDS),
+    ] {
+        let (_, robust, unclipped) = with_four_sites(MergeRule::TrimmedMean, CLIP_NORM, lie);
+        let (_, clipped, sites) = with_four_sites(MergeRule::Mean, CLIP_NORM, lie);
+        let (_, mean, _) = with_four_sites(MergeRule::Mean, 0.0, lie);
+        assert_eq!((sites, unclipped), (vec![SiteId(3); too_long], Vec::new()), "{name}");
+        let losses = format!("{robust:.4} trimmed, {clipped:.4} clipped, {mean:.4} a mean, {honest:.4} without a liar");
+        eprintln!("{name}: {losses}");
+        figures.push(format!("{name}: {losses}"));
         assert!(robust < 1.01 * honest, "{name}: {robust}, {honest}");
         // The mildest, a flipped sign, leaves half of what is learnt: not a number is a loss too.
         assert!(mean.is_nan() || mean > 1.01 * honest, "{name} is no lie: {mean}, {honest}");
+        // Clipping keeps a delta that is too long from undoing what the others learn: 7 % and 1.5 % are lost. One that is not too long it
+        // leaves as it is.
+        assert!(too_long == 0 || clipped < 1.2 * honest, "{name}: {clipped}, {honest}");
+    }
+    if let Some(folder) = std::env::var_os(FIGURES_FOLDER) {
+        std::fs::write(std::path::Path::new(&folder).join("one_liar"), figures.join("; ")).unwrap();
     }
 }
 

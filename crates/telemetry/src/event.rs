@@ -238,6 +238,30 @@ events! {
         /// Time of the transfer.
         seconds: f64,
     }
+    /// A delta, a slice of it or a merged part that came from another site is not one: its round goes on without it, or with what comes instead.
+    DeltaRefused = "delta_refused" {
+        /// The round.
+        round: Round,
+        /// Who made it.
+        from_site: SiteId,
+        /// Why, in words.
+        reason: String,
+    }
+    /// A delta was longer than `[sync] clip_norm` allows, and counts for less in the merge of this site. One event for each such delta or slice.
+    DeltaClipped = "delta_clipped" {
+        /// The round.
+        round: Round,
+        /// Whose delta.
+        site: SiteId,
+        /// Its norm.
+        norm: f64,
+        /// Median of the norms of the round's contributors.
+        median: f64,
+        /// What it was multiplied by, 0 to 1.
+        factor: f64,
+        /// Values that the norms are of: those of the fragment, or of the part that this site merges.
+        values: u64,
+    }
     /// Another site's deltas come another way from now on.
     RouteChosen = "route_chosen" {
         /// Whose deltas.
@@ -472,6 +496,13 @@ impl Event {
         match self {
             Self::Warning { message, hint } => Some((message.clone(), hint.clone())),
             Self::PeerRefused { address, reason } => told(format!("refused {address}: {reason}")),
+            Self::DeltaRefused { round, from_site, reason } => Some((
+                format!("round {round}: what came from site {from_site} was refused: {reason}"),
+                Some("see what that site runs; `beringia revoke` shuts it out".to_owned()),
+            )),
+            Self::DeltaClipped { round, site, norm, median, factor, .. } => told(format!(
+                "round {round}: the delta of site {site} counts {factor:.2e}: its norm is {norm:.3e}, the median {median:.3e}"
+            )),
             Self::CheckpointSkipped { path, reason } => told(format!("checkpoint {path} was skipped: {reason}")),
             Self::Diverged { round, site, hash_expected, hash_found } => {
                 let (expected, found) = (hash_expected.short(), hash_found.short());

@@ -17,6 +17,8 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::Step { .. }
         | Event::RoundComputed { .. }
         | Event::DeltaFetched { .. }
+        | Event::DeltaRefused { .. }
+        | Event::DeltaClipped { .. }
         | Event::RouteChosen { .. }
         | Event::ExchangeChosen { .. }
         | Event::RoundCommitted { .. }
@@ -39,7 +41,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::RoundClosed { .. }
         | Event::RoundAbandoned { .. }
         | Event::RolledBack { .. }
-        | Event::RunFinished { .. } => 31,
+        | Event::RunFinished { .. } => 33,
     };
     let (site, round, term) = (SiteId(2), Round(3), Term(1));
     let events = vec![
@@ -97,6 +99,8 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         },
         Event::RoundComputed { round, site, tokens: 10_240, compute_seconds: 8.0, loss_nats: 2.4 },
         Event::DeltaFetched { round, from_site: site, bytes: 4_000_000, seconds: 0.1 },
+        Event::DeltaRefused { round, from_site: site, reason: "f32: not a number".to_owned() },
+        Event::DeltaClipped { round, site, norm: 5e4, median: 5.0, factor: 5e-4, values: 1_000 },
         Event::RouteChosen { from_site: site, route: "direct".to_owned(), reason: "20.00 Mbit/s".to_owned() },
         Event::ExchangeChosen { round, exchange: "sharded".to_owned(), reason: "4 sites, bf16".to_owned() },
         Event::RoundClosed {

@@ -71,6 +71,10 @@ pub struct SiteView {
     pub idle_seconds: f64,
     /// Bytes of its deltas that the writers of this log fetched.
     pub bytes_sent: u64,
+    /// Of its deltas and merged parts, those that the writers of this log refused.
+    pub deltas_refused: u64,
+    /// Of its deltas and their slices, those that the writers of this log clipped.
+    pub deltas_clipped: u64,
     /// The way that they come, where a choice was logged: `direct` or `object store`.
     pub route: Option<String>,
     /// Mean training loss of its last round, nats a token.
@@ -375,6 +379,8 @@ impl RunView {
             compute_seconds: 0.0,
             idle_seconds: 0.0,
             bytes_sent: 0,
+            deltas_refused: 0,
+            deltas_clipped: 0,
             route: None,
             loss_nats: None,
             state_hash: None,
@@ -427,6 +433,8 @@ impl RunView {
             Event::DeltaFetched { from_site, bytes, .. } => {
                 self.change_site(*from_site, |view| view.bytes_sent = view.bytes_sent.saturating_add(*bytes));
             }
+            Event::DeltaRefused { from_site, .. } => self.change_site(*from_site, |view| view.deltas_refused += 1),
+            Event::DeltaClipped { site, .. } => self.change_site(*site, |view| view.deltas_clipped += 1),
             Event::RouteChosen { from_site, route, .. } => {
                 self.change_site(*from_site, |view| view.route = Some(clipped(route)));
             }

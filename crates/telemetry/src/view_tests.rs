@@ -72,6 +72,8 @@ fn the_status_of_a_small_run_by_hand() {
         Event::RoundStarted { round: Round(1), term: Term(1), leases: vec![lease(0, 0.75), lease(1, 0.25)] },
         Event::RoundComputed { round: Round(1), site: SiteId(0), tokens: 750, compute_seconds: 2.5, loss_nats: 3.0 },
         Event::DeltaFetched { round: Round(1), from_site: SiteId(0), bytes: 400, seconds: 0.1 },
+        Event::DeltaRefused { round: Round(1), from_site: SiteId(1), reason: "not a number".to_owned() },
+        Event::DeltaClipped { round: Round(1), site: SiteId(1), norm: 10.0, median: 1.0, factor: 0.5, values: 100 },
         committed(1, [750, 250], 4.0, 1_000),
         Event::RoundApplied { round: Round(1), site: SiteId(0), state_hash: ContentHash::of(&1u64.to_le_bytes()) },
         committed(2, [750, 250], 6.0, 2_000),
@@ -87,6 +89,8 @@ fn the_status_of_a_small_run_by_hand() {
     assert_eq!(site.state_hash, Some(ContentHash::of(&1u64.to_le_bytes())));
     assert_eq!((site.compute_seconds, site.idle_seconds), (2.5, 1.5), "round 2 has no word of its compute time");
     assert_eq!(site.idle_fraction(), Some(0.375));
+    assert_eq!((site.deltas_refused, site.deltas_clipped, view.warnings_total), (0, 0, 2));
+    assert_eq!((view.sites[&SiteId(1)].deltas_refused, view.sites[&SiteId(1)].deltas_clipped), (1, 1));
     assert_eq!(view.members().count(), 1);
     assert_eq!(view.sites[&SiteId(1)].idle_fraction(), None);
     assert_eq!(view.sites[&SiteId(1)].left_reason.as_deref(), Some("SIGTERM"));
@@ -162,10 +166,11 @@ fn every_event_changes_the_view_it_should() {
         assert!(changed, "{} changes nothing", event.name());
     }
     assert_eq!(view.state, RunState::Finished);
-    assert_eq!((view.divergences, view.warnings_total), (1, 10));
+    assert_eq!((view.divergences, view.warnings_total), (1, 12));
     assert_eq!(view.validation.as_ref().unwrap().bits_per_byte_start, 2.2);
     let json = view.to_json();
     assert_eq!(json["sites"][0]["state"], "left");
+    assert_eq!((&json["sites"][0]["deltas_refused"], &json["sites"][0]["deltas_clipped"]), (&1.into(), &1.into()));
     assert_eq!((&json["sites"][0]["device"], &json["sites"][0]["precision"]), (&"Ascend 910B".into(), &"bf16".into()));
     assert_eq!((&json["sites"][0]["compute_seconds"], &json["sites"][0]["idle_seconds"]), (&8.0.into(), &1.0.into()));
     assert_eq!(json["validation"]["bigram_bits_per_byte"], 3.3);

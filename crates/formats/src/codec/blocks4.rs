@@ -22,6 +22,9 @@ const BLOCK_VALUES_MAX: usize = 128;
 /// 2^(16 - 127): the least scale. Smaller values are coded as 0 and stay in the residual; no subnormal number is met.
 const SCALE_MIN: u8 = 16;
 
+/// Partial sums of the squares of a block's codes.
+const NORM_LANES: usize = 16;
+
 const F32_INFINITY: u32 = 0x7f80_0000;
 
 /// A 4-bit format in blocks.
@@ -104,6 +107,40 @@ impl<F: Format4> Codec for Blocks4<F> {
         accumulate_blocks::<F>(Isa::best(), encoded, weight, sum);
         Ok(())
     }
+
+    fn squared_norm(&self, encoded: &[u8], values: usize) -> Result<f64, DecodeError> {
+        self.check(encoded, values)?;
+        Ok(squares::<F>(Isa::best(), encoded, values))
+    }
+}
+
+vectorised! {
+    fn squares<F: Format4>(encoded: &[u8], values: usize) -> f64 {
+        let (mut sum, mut left) = (0.0, values);
+        for block in encoded.chunks(F::BLOCK_BYTES) {
+            let scale = f64::from(ue8m0_value(block[0]));
+            let mut codes = [0_u8; BLOCK_VALUES_MAX];
+            let count = left.min(F::BLOCK_VALUES);
+            // Codes behind the last value stay 0, as their squares do.
+            unpack4(&block[SCALE_BYTES..], &mut codes[..count]);
+            sum += f64::from(squares_of_codes::<F>(&codes[..F::BLOCK_VALUES])) * (scale * scale);
+            left -= count;
+        }
+        sum
+    }
+}
+
+/// Exact in f32, in any order: a square is a multiple of 2^-4 and at most 2^8, and 128 of them are less than 2^20 multiples.
+#[inline(always)]
+fn squares_of_codes<F: Format4>(codes: &[u8]) -> f32 {
+    let mut lanes = [0.0_f32; NORM_LANES];
+    for chunk in codes.as_chunks::<NORM_LANES>().0 {
+        for (lane, code) in lanes.iter_mut().zip(chunk) {
+            let value = decode_code::<F>((*code).into());
+            *lane += value * value;
+        }
+    }
+    lanes.iter().sum()
 }
 
 /// An odd number of values leaves the upper half of the last byte empty.

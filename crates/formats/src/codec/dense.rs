@@ -13,6 +13,9 @@ const BF16_EXPONENT: u16 = 0x7f80;
 /// Values that are checked at once: a block of this many tells which part of a fragment is wrong, in one cache's size.
 const CHECKED_VALUES: usize = 4_096;
 
+/// Partial sums of squares, so that a compiler may use vectors.
+const NORM_LANES: usize = 16;
+
 #[derive(Debug)]
 pub(super) struct F32Codec;
 
@@ -65,6 +68,11 @@ impl Codec for F32Codec {
         }
         Ok(())
     }
+
+    fn squared_norm(&self, encoded: &[u8], values: usize) -> Result<f64, DecodeError> {
+        check_length(self, encoded, values)?;
+        finite_norm(self, squares_f32(Isa::best(), encoded), encoded, values)
+    }
 }
 
 impl Codec for Bf16Codec {
@@ -105,6 +113,49 @@ impl Codec for Bf16Codec {
         self.check(encoded, sum.len())?;
         accumulate_bf16(Isa::best(), encoded, weight, sum);
         Ok(())
+    }
+
+    fn squared_norm(&self, encoded: &[u8], values: usize) -> Result<f64, DecodeError> {
+        check_length(self, encoded, values)?;
+        finite_norm(self, squares_bf16(Isa::best(), encoded), encoded, values)
+    }
+}
+
+/// A sum of squares of f32 is finite in f64 where all of them are, for up to 2^768 values: else the check says which is not.
+fn finite_norm(codec: &dyn Codec, squares: f64, encoded: &[u8], values: usize) -> Result<f64, DecodeError> {
+    if !squares.is_finite() {
+        codec.check(encoded, values)?;
+    }
+    Ok(squares)
+}
+
+/// The sum of the squares of what `decode` makes of the codes.
+#[inline(always)]
+fn squares<const BYTES: usize>(codes: &[[u8; BYTES]], decode: impl Fn([u8; BYTES]) -> f32) -> f64 {
+    let mut lanes = [0.0_f64; NORM_LANES];
+    let (chunks, rest) = codes.as_chunks::<NORM_LANES>();
+    for chunk in chunks {
+        for (lane, code) in lanes.iter_mut().zip(chunk) {
+            let value = f64::from(decode(*code));
+            *lane += value * value;
+        }
+    }
+    for (lane, code) in lanes.iter_mut().zip(rest) {
+        let value = f64::from(decode(*code));
+        *lane += value * value;
+    }
+    lanes.iter().sum()
+}
+
+vectorised! {
+    fn squares_f32(encoded: &[u8]) -> f64 {
+        squares(encoded.as_chunks::<4>().0, f32::from_le_bytes)
+    }
+}
+
+vectorised! {
+    fn squares_bf16(encoded: &[u8]) -> f64 {
+        squares(encoded.as_chunks::<2>().0, |bytes| f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16))
     }
 }
 

@@ -78,6 +78,28 @@ impl Codec for Int8Codec {
         accumulate_blocks(Isa::best(), encoded, weight, sum);
         Ok(())
     }
+
+    fn squared_norm(&self, encoded: &[u8], values: usize) -> Result<f64, DecodeError> {
+        self.check(encoded, values)?;
+        Ok(squares(Isa::best(), encoded))
+    }
+}
+
+vectorised! {
+    fn squares(encoded: &[u8]) -> f64 {
+        let mut sum = 0.0;
+        for block in encoded.chunks(BLOCK_BYTES) {
+            let (scale, codes) = split(block);
+            // At most 128 * 127^2.
+            let mut squares = 0_i32;
+            for code in codes {
+                let code = i32::from(*code as i8);
+                squares += code * code;
+            }
+            sum += f64::from(squares) * (f64::from(scale) * f64::from(scale));
+        }
+        sum
+    }
 }
 
 #[inline(always)]

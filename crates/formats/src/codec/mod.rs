@@ -224,6 +224,13 @@ pub trait Codec: Send + Sync + fmt::Debug {
     /// As [`Codec::check`]; `sum` is then as it was.
     fn accumulate(&self, encoded: &[u8], weight: f32, sum: &mut [f32]) -> Result<(), DecodeError>;
 
+    /// The sum of the squares of the decoded values, in f64 and in a fixed order: the same bits for the same bytes on every machine. Not that of
+    /// the parts added up, which are other roundings.
+    ///
+    /// # Errors
+    /// As [`Codec::check`].
+    fn squared_norm(&self, encoded: &[u8], values: usize) -> Result<f64, DecodeError>;
+
     /// Where, in the encoding of `total` values, the encoding of `values` lies: itself a whole encoding of that many.
     ///
     /// # Panics

@@ -179,6 +179,29 @@ impl<S: SparseFormat> Codec for SparseCodec<S> {
         for_each_block::<S>(Isa::best(), encoded, sum, Some(weight));
         Ok(())
     }
+
+    fn squared_norm(&self, encoded: &[u8], values: usize) -> Result<f64, DecodeError> {
+        self.check(encoded, values)?;
+        let (mut sum, mut left) = (0.0, values);
+        for block in encoded.chunks(BLOCK_BYTES) {
+            sum += squares_of_block::<S>(block, left.min(BLOCK_VALUES));
+            left = left.saturating_sub(BLOCK_VALUES);
+        }
+        Ok(sum)
+    }
+}
+
+/// Of a block of `length` values: so many of either level. Which values these are does not matter, and behind the last code there are zeros.
+fn squares_of_block<S: SparseFormat>(encoded: &[u8], length: usize) -> f64 {
+    let kept = kept_of::<S>(length);
+    let codes = &encoded[LEVEL_BYTES + S::index_bytes(kept, length)..];
+    let high: u32 = codes.iter().map(|four| (four & 0x55).count_ones()).sum();
+    let square = |bytes: [u8; 2]| {
+        let level = f64::from(level_value(u16::from_le_bytes(bytes)));
+        level * level
+    };
+    let [low_square, high_square] = [[encoded[0], encoded[1]], [encoded[2], encoded[3]]].map(square);
+    (kept - high as usize) as f64 * low_square + f64::from(high) * high_square
 }
 
 /// Entries of a block of `values`.

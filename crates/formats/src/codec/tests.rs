@@ -106,6 +106,28 @@ proptest! {
     }
 
     #[test]
+    fn the_squared_norm_is_that_of_the_decoded_values_on_every_instruction_set(length in lengths(), seed in any::<u64>()) {
+        let values = finite_values(length, seed);
+        for codec in CodecKind::ALL.map(CodecKind::codec) {
+            let (bytes, _) = encoded(codec, &values);
+            let decoded = decoded(codec, &bytes, length).unwrap();
+            let wanted: f64 = decoded.iter().map(|value| f64::from(*value).powi(2)).sum();
+            let found = f64::from_bits(same_on_all(|| codec.squared_norm(&bytes, length).unwrap().to_bits()));
+            prop_assert!((found - wanted).abs() <= 1e-12 * wanted, "{}: {found:e}, {wanted:e}", codec.kind());
+        }
+    }
+
+    #[test]
+    fn the_squared_norm_is_refused_as_the_check_is(length in lengths(), seed in any::<u64>(), mask in any::<u8>()) {
+        let key = crate::round::Key::new(seed, 0);
+        for codec in CodecKind::ALL.map(CodecKind::codec) {
+            let bytes: Vec<u8> = (0..codec.encoded_bytes(length) as u32).map(|index| key.random(index) as u8 & mask).collect();
+            prop_assert_eq!(codec.squared_norm(&bytes, length).map(drop), codec.check(&bytes, length));
+            prop_assert!(codec.squared_norm(&bytes, length + 1).is_err() || length % codec.block_values() != 0);
+        }
+    }
+
+    #[test]
     fn whole_blocks_of_values_are_whole_ranges_of_bytes(length in lengths(), seed in any::<u64>(), cut in any::<prop::sample::Index>()) {
         let values = finite_values(length, seed);
         for codec in CodecKind::ALL.map(CodecKind::codec) {

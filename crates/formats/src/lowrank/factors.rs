@@ -164,7 +164,74 @@ fn renew(basis: &mut [f32], squares: &mut Vec<f64>, right: &[f32], columns: usiz
     squares.extend(order.iter().map(|row| found[*row]));
 }
 
-/// Factors as a receiver has them, laid out for their product.
+/// Roundings, in units of f32's, that [`Rows::squared_norm`] allows for beside the one of each direction: those of its own sums in f64, which
+/// are `(m + n) / 16 + 40` of 2^-53 of the square; for m + n up to 2^20 their root is 2^-18.5.
+const NORM_SLACK: f64 = 64.0;
+
+/// What f32 rounds a sum by, relative to its terms.
+const F32_ROUNDING: f64 = 1.0 / (1_u32 << 24) as f64;
+
+/// Factors as they are written: the columns of P and the rows of Q, each as a row.
+pub(super) struct Rows {
+    shape: MatrixShape,
+    rank: usize,
+    /// r x m
+    left: Vec<f32>,
+    /// r x n
+    right: Vec<f32>,
+}
+
+impl Rows {
+    pub(super) fn decode(
+        shape: MatrixShape,
+        rank: usize,
+        codec: &dyn Codec,
+        encoded: &[u8],
+    ) -> Result<Self, DecodeError> {
+        let MatrixShape { rows, columns } = shape;
+        let (left_encoded, right_encoded) = encoded.split_at(rank * codec.encoded_bytes(rows));
+        let (mut left, mut right) = (vec![0.0; rank * rows], vec![0.0; rank * columns]);
+        read_rows(codec, left_encoded, rows, &mut left)?;
+        read_rows(codec, right_encoded, columns, &mut right)?;
+        Ok(Self { shape, rank, left, right })
+    }
+
+    /// Whether no sum of products can be infinite, by the largest magnitudes of the two; half of f32's range is for rounding.
+    pub(super) fn products_are_finite(&self) -> bool {
+        let largest = |values: &[f32]| f64::from(product::largest_magnitude(Isa::best(), values));
+        let bound = largest(&self.left) * largest(&self.right) * self.rank as f64;
+        bound <= f64::from(f32::MAX) / 2.0
+    }
+
+    /// The squared norm of the product, without making it, for `r^2 (m + n)` operations instead of `r m n`:
+    ///
+    /// ```text
+    /// |P Q|^2 = tr((P^T P) (Q Q^T)) = sum over k, l of (p_k . p_l) (q_k . q_l)
+    /// ```
+    ///
+    /// Directions that nearly cancel leave less of that than f32 rounds the product by: a liar could choose them so, and send something
+    /// large whose norm says 0. Hence what is given is an upper bound: the norm, and as many roundings of the sum of `|p_k| |q_k|` as a value
+    /// of the product can have. To an honest encoding, whose p_k are orthonormal but for their codes, that adds less than 1e-4.
+    pub(super) fn squared_norm(&self) -> f64 {
+        let isa = Isa::best();
+        let left = |k: usize| &self.left[k * self.shape.rows..(k + 1) * self.shape.rows];
+        let right = |k: usize| &self.right[k * self.shape.columns..(k + 1) * self.shape.columns];
+        let (mut trace, mut lengths) = (0.0_f64, 0.0_f64);
+        for k in 0..self.rank {
+            let square = product::dot(isa, left(k), left(k)) * product::dot(isa, right(k), right(k));
+            trace += square;
+            lengths += square.sqrt();
+            for l in k + 1..self.rank {
+                trace += 2.0 * (product::dot(isa, left(k), left(l)) * product::dot(isa, right(k), right(l)));
+            }
+        }
+        let roundings = (self.rank as f64 + NORM_SLACK) * F32_ROUNDING;
+        let norm = trace.max(0.0).sqrt() + roundings * lengths;
+        norm * norm
+    }
+}
+
+/// Factors laid out for their product.
 pub(super) struct Factors {
     rank: usize,
     columns: usize,
@@ -175,38 +242,21 @@ pub(super) struct Factors {
 }
 
 impl Factors {
-    pub(super) fn decode(
-        shape: MatrixShape,
-        rank: usize,
-        codec: &dyn Codec,
-        encoded: &[u8],
-    ) -> Result<Self, DecodeError> {
-        let MatrixShape { rows, columns } = shape;
-        let (left_encoded, right_encoded) = encoded.split_at(rank * codec.encoded_bytes(rows));
-        let mut left_rows = vec![0.0; rank * rows];
-        read_rows(codec, left_encoded, rows, &mut left_rows)?;
+    pub(super) fn new(Rows { shape, rank, left: left_rows, right: right_rows }: &Rows) -> Self {
+        let (MatrixShape { rows, columns }, rank) = (*shape, *rank);
         let mut left = vec![0.0; rank * rows];
         for (k, row) in left_rows.chunks_exact(rows).enumerate() {
             for (i, value) in row.iter().enumerate() {
                 left[i * rank + k] = *value;
             }
         }
-        let mut right_rows = vec![0.0; rank * columns];
-        read_rows(codec, right_encoded, columns, &mut right_rows)?;
         let mut right = vec![[0.0; LANES]; columns.div_ceil(LANES) * rank];
         for (k, row) in right_rows.chunks_exact(columns).enumerate() {
             for (chunk, values) in row.chunks(LANES).enumerate() {
                 right[chunk * rank + k][..values.len()].copy_from_slice(values);
             }
         }
-        Ok(Self { rank, columns, left, right })
-    }
-
-    /// Whether no sum of products can be infinite, by the largest magnitudes of the two; half of f32's range is for rounding.
-    pub(super) fn products_are_finite(&self) -> bool {
-        let largest = |values: &[f32]| f64::from(product::largest_magnitude(Isa::best(), values));
-        let bound = largest(&self.left) * largest(self.right.as_flattened()) * self.rank as f64;
-        bound <= f64::from(f32::MAX) / 2.0
+        Self { rank, columns, left, right }
     }
 
     /// Gives every value of the matrix, and the product's there, to `combine`.

@@ -30,7 +30,7 @@ mod tests;
 
 use crate::codec::{CodecKind, DecodeError};
 use crate::round::Key;
-use factors::{Factors, encode_factors};
+use factors::{Factors, Rows, encode_factors};
 use product::{Add, Combine, Store, Subtract};
 use ranks::{Demand, share_out};
 use std::ops::Range;
@@ -253,7 +253,7 @@ impl LowRank {
         for (index, (place, rank)) in self.places(encoded)?.0.into_iter().enumerate() {
             let (encoded, matrix) = (&encoded[place], &self.matrices[index]);
             match matrix.way {
-                Way::Factors { .. } => self.factors(index, rank, encoded).map(drop)?,
+                Way::Factors { .. } => self.rows(index, rank, encoded).map(drop)?,
                 Way::Whole { .. } => VALUES_CODEC
                     .codec()
                     .check(encoded, matrix.shape.values())
@@ -261,6 +261,26 @@ impl LowRank {
             }
         }
         Ok(())
+    }
+
+    /// The sum of the squares of the decoded values, as [`Codec::squared_norm`](crate::Codec::squared_norm) gives it; of a product an upper
+    /// bound, which for what an encoder writes is within 1e-4.
+    ///
+    /// # Errors
+    /// As [`LowRank::check`].
+    pub fn squared_norm(&self, encoded: &[u8]) -> Result<f64, DecodeError> {
+        let mut sum = 0.0;
+        for (index, (place, rank)) in self.places(encoded)?.0.into_iter().enumerate() {
+            let (encoded, matrix) = (&encoded[place], &self.matrices[index]);
+            sum += match matrix.way {
+                Way::Factors { .. } => self.rows(index, rank, encoded)?.squared_norm(),
+                Way::Whole { .. } => VALUES_CODEC
+                    .codec()
+                    .squared_norm(encoded, matrix.shape.values())
+                    .map_err(|error| of_matrix(index, error))?,
+            };
+        }
+        Ok(sum)
     }
 
     /// Decodes to finite values.
@@ -373,9 +393,13 @@ impl LowRank {
     }
 
     fn factors(&self, index: usize, rank: usize, encoded: &[u8]) -> Result<Factors, DecodeError> {
-        let factors = Factors::decode(self.matrices[index].shape, rank, self.codec.codec(), encoded)
+        self.rows(index, rank, encoded).map(|rows| Factors::new(&rows))
+    }
+
+    fn rows(&self, index: usize, rank: usize, encoded: &[u8]) -> Result<Rows, DecodeError> {
+        let rows = Rows::decode(self.matrices[index].shape, rank, self.codec.codec(), encoded)
             .map_err(|error| of_matrix(index, error))?;
-        if factors.products_are_finite() { Ok(factors) } else { Err(DecodeError::ProductNotFinite { matrix: index }) }
+        if rows.products_are_finite() { Ok(rows) } else { Err(DecodeError::ProductNotFinite { matrix: index }) }
     }
 
     fn assert_encoded(&self, encoded: &[u8]) {

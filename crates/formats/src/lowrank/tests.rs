@@ -312,12 +312,44 @@ proptest! {
     }
 
     #[test]
+    fn the_squared_norm_is_just_above_that_of_the_decoded_values(seed in any::<u64>(), rank in 1_usize..14) {
+        let low_rank = LowRank::new(&SHAPES, rank);
+        let values = normal(low_rank.values(), seed);
+        let (encoded, _) = encode(&low_rank, &values, &mut low_rank.basis(seed));
+        let wanted = energy(&decode(&low_rank, &encoded).unwrap());
+        let found = f64::from_bits(same_on_all(|| low_rank.squared_norm(&encoded).unwrap().to_bits()));
+        prop_assert!((1.0 - 1e-12..1.0 + 2e-4).contains(&(found / wanted)), "{found:e}, {wanted:e}");
+    }
+
+    #[test]
     fn any_bytes_are_refused_or_finite(seed in any::<u64>(), rank in 1_usize..6, mask in any::<u8>()) {
         let low_rank = LowRank::new(&SHAPES, rank);
         let key = Key::new(seed, 0);
         let encoded: Vec<u8> = (0..low_rank.encoded_bytes() as u32).map(|index| key.random(index) as u8 & mask | 0x10).collect();
+        prop_assert_eq!(low_rank.squared_norm(&encoded).map(drop), low_rank.check(&encoded));
         if let Ok(values) = decode(&low_rank, &encoded) {
             prop_assert!(values.iter().all(|value| value.is_finite()));
+            prop_assert!(low_rank.squared_norm(&encoded).unwrap() >= energy(&values) * (1.0 - 1e-12));
         }
     }
+}
+
+/// The product is 2^60 + 2^35 - 2^60 - 2^35 at one place: 0, and -2^35 where each sum is rounded to f32.
+#[test]
+fn directions_that_cancel_hide_no_norm() {
+    let low_rank = LowRank::with_factors(&[shape(128, 64)], 4, CodecKind::F32);
+    let mut encoded = vec![0; low_rank.encoded_bytes()];
+    encoded[..RANK_BYTES].copy_from_slice(&4_u16.to_le_bytes());
+    let terms = [(2_f32.powi(30), 2_f32.powi(30)), (2_f32.powi(30), 32.0)];
+    for (k, (left, right)) in
+        [terms[0], terms[1], (-terms[0].0, terms[0].1), (-terms[1].0, terms[1].1)].into_iter().enumerate()
+    {
+        for (place, value) in [(k * 128, left), (4 * 128 + k * 64, right)] {
+            let start = RANK_BYTES + 4 * place;
+            encoded[start..start + 4].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    let values = decode(&low_rank, &encoded).unwrap();
+    assert_eq!((values[0], energy(&values[1..])), (-2_f32.powi(35), 0.0));
+    assert!(low_rank.squared_norm(&encoded).unwrap() >= energy(&values));
 }

@@ -507,6 +507,10 @@ impl Coordinator {
             // Whoever it is that others wait for: in the mesh it is known.
             front.fall_back("it was not merged before the deadline".to_owned());
         }
+        let front = self.open.front().filter(|front| front.reduction.is_none() && front.fell_back.is_none());
+        for site in front.map(|front| front.held_by_nobody_else(&self.current())).unwrap_or_default() {
+            self.drop_site(site, LeaveReason::DeltaUnwanted, commands);
+        }
         for site in self.current() {
             let Some(front) = self.open.front().filter(|front| front.fell_back.is_none()) else { return };
             if !front.holds_all(site) {

@@ -99,6 +99,16 @@ impl OpenRound {
         self.deliveries.keys().all(|from| self.holds(site, *from))
     }
 
+    /// Sites whose delta no other current site holds, of at least two: it cannot be fetched, or is none. Of two sites nobody can say which
+    /// one errs.
+    pub(super) fn held_by_nobody_else(&self, current: &[SiteId]) -> Vec<SiteId> {
+        let holds_none = |from: &SiteId| {
+            let mut others = current.iter().filter(|site| *site != from);
+            others.clone().count() >= 2 && !others.any(|site| self.holds(*site, *from))
+        };
+        self.deliveries.keys().copied().filter(|from| current.contains(from) && holds_none(from)).collect()
+    }
+
     /// Every worker has delivered, and every current site holds every delta.
     pub(super) fn is_complete(&self, current: &[SiteId]) -> bool {
         self.missing().is_empty() && current.iter().all(|site| self.holds_all(*site))
@@ -204,6 +214,19 @@ mod tests {
         let mut round = round(2);
         (0..2).for_each(|site| deliver(&mut round, site));
         assert_eq!(round.common(&ids(&[0, 1]), 1), Some(ids(&[0])));
+    }
+
+    #[test]
+    fn a_delta_that_no_other_site_holds_is_its_makers_fault_where_there_are_two_others() {
+        let mut round = round(3);
+        (0..3).for_each(|site| deliver(&mut round, site));
+        for (site, from) in [(0, 1), (1, 0), (2, 0), (2, 1)] {
+            round.hold(SiteId(site), SiteId(from));
+        }
+        assert_eq!(round.held_by_nobody_else(&ids(&[0, 1, 2])), ids(&[2]));
+        assert_eq!(round.held_by_nobody_else(&ids(&[0, 2])), [], "of two nobody can say who errs");
+        round.hold(SiteId(1), SiteId(2));
+        assert_eq!(round.held_by_nobody_else(&ids(&[0, 1, 2])), []);
     }
 
     #[test]

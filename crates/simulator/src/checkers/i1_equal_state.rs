@@ -9,7 +9,7 @@ use crate::site::GlobalState;
 use crate::trace::Observation;
 use base::{ContentHash, Round, RunConfig, SiteId};
 use rounds::coordinator::Record;
-use rounds::{Commit, FragmentCodec};
+use rounds::{Commit, Contributor, FragmentCodec, MergedPart};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -35,16 +35,7 @@ impl EqualState {
         let schema = self.config.schema();
         let fragment = schema.fragments(plan.count).swap_remove(plan.index as usize);
         let codec = FragmentCodec::new(plan, plan.rank_or(self.config.sync.rank), &schema, &fragment);
-        let tokens: u64 = commit.contributors.iter().map(|contributor| contributor.tokens).sum();
-        let mut merged = vec![0.0; fragment.elements()];
-        for contributor in &commit.contributors {
-            let key = (commit.round, contributor.site, contributor.delta_hash);
-            let Some(delta) = self.deltas.get(&key) else {
-                return Err(format!("{} names a delta that nobody has offered", described(commit)));
-            };
-            let weight = if tokens == 0 { 0.0 } else { (contributor.tokens as f64 / tokens as f64) as f32 };
-            codec.accumulate(delta, weight, &mut merged).map_err(|error| error.to_string())?;
-        }
+        let mut merged = self.merged(commit, &codec, fragment.elements())?;
         let steps_before = commit.round.0.saturating_sub(1);
         state.outer.step(steps_before, &fragment, &mut state.parameters, &mut merged);
         state.commit = commit.clone();
@@ -52,6 +43,30 @@ impl EqualState {
         self.states.push((state, hash));
         self.deltas.retain(|(round, _, _), _| round.0 + 1 > commit.round.0);
         Ok(())
+    }
+
+    /// What the deltas that a commit names become: each part by itself, where sites have merged parts, for what is too long is so beside the
+    /// other slices.
+    fn merged(&self, commit: &Commit, codec: &FragmentCodec, elements: usize) -> Result<Vec<f32>, String> {
+        let delta = |contributor: &Contributor| {
+            let delta = self.deltas.get(&(commit.round, contributor.site, contributor.delta_hash));
+            let missing = || format!("{} names a delta that nobody has offered", described(commit));
+            delta.map(|delta| (contributor.tokens, &delta[..])).ok_or_else(missing)
+        };
+        let deltas = commit.contributors.iter().map(delta).collect::<Result<Vec<_>, String>>()?;
+        let mut merged = vec![0.0; elements];
+        if commit.parts.is_empty() {
+            rounds::merge(&self.config.sync, codec, &deltas, &mut merged).map_err(|error| error.to_string())?;
+        }
+        for MergedPart { part, .. } in &commit.parts {
+            let cut = || format!("{} has a part that cuts a block", described(commit));
+            let place = codec.slice(&part.values).ok_or_else(cut)?;
+            let slices: Vec<(u64, &[u8])> =
+                deltas.iter().map(|(tokens, delta)| (*tokens, &delta[place.clone()])).collect();
+            let values = &mut merged[part.values.start as usize..part.values.end as usize];
+            rounds::merge(&self.config.sync, codec, &slices, values).map_err(|error| error.to_string())?;
+        }
+        Ok(merged)
     }
 
     fn log_read(&mut self, records: &[Record]) -> Result<(), String> {

@@ -7,7 +7,7 @@ use super::state::GlobalState;
 use crate::options::Sabotage;
 use base::config::Strategy;
 use base::{ContentHash, Fragment, Round, RunConfig, SiteId};
-use rounds::{Commit, EncoderMemory, FragmentCodec, FragmentPlan, RoundPlan, token_weights};
+use rounds::{Commit, EncoderMemory, FragmentCodec, FragmentPlan, RoundPlan};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
@@ -144,10 +144,8 @@ impl Host {
     /// Merges the slices of a round's contributors, in their order. `None`: bytes that no encoder writes.
     pub(crate) fn reduce(&self, fragment: FragmentPlan, values: &Range<u64>, slices: &[Slice]) -> Option<Arc<[u8]>> {
         let codec = codec_of(&self.config, fragment);
-        let mut merged = vec![0.0; (values.end - values.start) as usize];
-        for (weight, (_, slice)) in self.weights(slices.iter().map(|(tokens, _)| *tokens)).iter().zip(slices) {
-            codec.accumulate(slice, *weight, &mut merged).ok()?;
-        }
+        let slices: Vec<(u64, &[u8])> = slices.iter().map(|(tokens, slice)| (*tokens, &slice[..])).collect();
+        let merged = self.merged(&codec, slices, (values.end - values.start) as usize)?;
         Some(merged.iter().flat_map(|value| value.to_le_bytes()).collect())
     }
 
@@ -160,7 +158,11 @@ impl Host {
         let counts_from_snapshot = own.is_some();
         let before = own.unwrap_or_else(|| gathered(&fragment, &state.parameters));
         let mut merged = match commit.parts.is_empty() {
-            true => self.mean(commit, inputs, &codec, fragment.elements())?,
+            true => {
+                let tokens = commit.contributors.iter().map(|contributor| contributor.tokens);
+                let deltas = tokens.zip(inputs.iter().map(|delta| &delta[..])).collect();
+                self.merged(&codec, deltas, fragment.elements())?
+            }
             false => joined(inputs),
         };
         if merged.len() != fragment.elements() {
@@ -179,20 +181,14 @@ impl Host {
         Some(Merged { round: commit.round, state_hash: state.hash(), fragment: commit.fragment, local })
     }
 
-    fn mean(&self, commit: &Commit, deltas: &[Arc<[u8]>], codec: &FragmentCodec, elements: usize) -> Option<Vec<f32>> {
-        let mut merged = vec![0.0; elements];
-        let weights = self.weights(commit.contributors.iter().map(|contributor| contributor.tokens));
-        for (weight, delta) in weights.iter().zip(deltas) {
-            codec.accumulate(delta, *weight, &mut merged).ok()?;
-        }
-        Some(merged)
-    }
-
-    fn weights(&self, tokens: impl ExactSizeIterator<Item = u64> + Clone) -> Vec<f32> {
+    /// The merge of deltas, or of their slices, with their tokens.
+    fn merged(&self, codec: &FragmentCodec, mut deltas: Vec<(u64, &[u8])>, values: usize) -> Option<Vec<f32>> {
         if self.sabotage == Some(Sabotage::EqualWeights) {
-            return vec![1.0 / tokens.len() as f32; tokens.len()];
+            deltas.iter_mut().for_each(|(tokens, _)| *tokens = 1);
         }
-        token_weights(tokens)
+        let mut merged = vec![0.0; values];
+        rounds::merge(&self.config.sync, codec, &deltas, &mut merged).ok()?;
+        Some(merged)
     }
 
     /// What the own local parameters are counted from, where that is not the global parameters before the merge. What was sent and

@@ -53,7 +53,7 @@ impl Agent {
         let Some(place) = codec.slice(&values) else { return self.refuse_parts(round) };
         let key = BlobKey::Slice { round, fragment: fragment.index, site: from, reducer: self.site };
         let (values, bytes) = ((values.end - values.start) as usize, place.len() as u64);
-        self.fetch_shard(round, WantedShard { key, from, values, codec: ShardCodec::Slice(codec), bytes, hash });
+        self.fetch_shard(WantedShard { key, round, from, values, codec: ShardCodec::Slice(codec), bytes, hash });
     }
 
     pub(super) fn fetch_part(&mut self, round: Round, fragment: FragmentPlan, merged: &MergedPart) {
@@ -64,7 +64,7 @@ impl Agent {
         let key = BlobKey::Part { round, fragment: fragment.index, reducer: part.site };
         let values = (part.values.end - part.values.start) as usize;
         let (from, codec, bytes) = (part.site, ShardCodec::Merged, part.merged_bytes());
-        self.fetch_shard(round, WantedShard { key, from, values, codec, bytes, hash: *hash });
+        self.fetch_shard(WantedShard { key, round, from, values, codec, bytes, hash: *hash });
     }
 
     fn refuse_parts(&mut self, round: Round) {
@@ -72,8 +72,9 @@ impl Agent {
         self.end(Err(conversation("its address", error).into()));
     }
 
-    fn fetch_shard(&mut self, round: Round, wanted: WantedShard) {
-        let (transit, key, hash) = (Arc::clone(&self.transit), wanted.key.clone(), wanted.hash);
+    fn fetch_shard(&mut self, wanted: WantedShard) {
+        let (transit, round) = (Arc::clone(&self.transit), wanted.round);
+        let (key, hash) = (wanted.key.clone(), wanted.hash);
         let transfer = self.transfers.spawn(async move {
             let began = Instant::now();
             let bytes = transit.fetch_shard(&wanted).await;
@@ -107,17 +108,15 @@ impl Agent {
         contributors: &[Contributor],
     ) {
         let Some(place) = self.fragments.codec(fragment).slice(&values) else { return self.refuse_parts(round) };
-        let slice = |contributor: &Contributor| {
-            let bytes = match contributor.site == self.site {
-                true => self.deltas.get(&(round, self.site))?.slice(place.clone()),
-                false => self.shards.slices.get(&(round, contributor.site))?.clone(),
-            };
-            Some((contributor.tokens, bytes))
+        let slice = |contributor: &Contributor| match contributor.site == self.site {
+            true => self.deltas.get(&(round, self.site)).map(|delta| delta.slice(place.clone())),
+            false => self.shards.slices.get(&(round, contributor.site)).cloned(),
         };
         // The member merges only what is held.
         let Some(slices) = contributors.iter().map(slice).collect() else { return self.end(Err(AgentError::Internal)) };
         let (key, values) = (PartKey { round, fragment }, (values.end - values.start) as usize);
-        self.host_job(HostJob::Reduce { key, values, slices, abandon: Arc::clone(&self.abandon) });
+        let (contributors, abandon) = (contributors.to_vec(), Arc::clone(&self.abandon));
+        self.host_job(HostJob::Reduce { key, values, contributors, slices, abandon });
     }
 
     /// The own part is merged.

@@ -1,8 +1,8 @@
 //! Slices and merged parts on their way. They come directly from sites: a round is sharded only where all can be dialled, and an object
 //! store spares nobody the upload of what each other site needs something else of.
 
-use super::{AGAIN, BULK_STREAMS, HINT_DIRECT, Problem, Transit};
-use base::{ContentHash, SiteId};
+use super::{AGAIN, BULK_STREAMS, Fault, HINT_DIRECT, Problem, Transit};
+use base::{ContentHash, Round, SiteId};
 use bytes::Bytes;
 use rounds::FragmentCodec;
 use wire::{BlobKey, BlobRequest};
@@ -10,6 +10,7 @@ use wire::{BlobKey, BlobRequest};
 /// Something of a sharded round to be fetched.
 pub(crate) struct WantedShard {
     pub(crate) key: BlobKey,
+    pub(crate) round: Round,
     /// Who made it.
     pub(crate) from: SiteId,
     /// Values that it holds.
@@ -43,7 +44,14 @@ impl Transit {
         loop {
             match self.try_shard(wanted, attempt).await {
                 Ok(content) => return content,
-                Err(problem) => self.warn(&wanted.key, problem, attempt),
+                Err(problem) => {
+                    let is_hopeless = problem.fault == Fault::Hopeless;
+                    self.blame(&wanted.key, (wanted.round, wanted.from), problem, attempt);
+                    if is_hopeless {
+                        // Until its round is over, which ends this.
+                        std::future::pending::<()>().await;
+                    }
+                }
             }
             tokio::time::sleep(AGAIN).await;
             attempt += 1;
@@ -51,13 +59,12 @@ impl Transit {
     }
 
     async fn try_shard(&self, wanted: &WantedShard, attempt: u32) -> Result<Bytes, Problem> {
-        let hint = || Some(HINT_DIRECT.to_owned());
         let holders = match wanted.codec {
             ShardCodec::Merged if attempt > 1 => self.shelf.all_holders(),
             _ => self.shelf.holders(&[wanted.from]),
         };
         if holders.is_empty() {
-            return Err(Problem { message: "no site that has it can be dialled".to_owned(), hint: hint() });
+            return Err(Problem::new("no site that has it can be dialled", Some(HINT_DIRECT.to_owned())));
         }
         let request = BlobRequest {
             key: wanted.key.clone(),
@@ -68,8 +75,9 @@ impl Transit {
             streams: BULK_STREAMS,
         };
         let fetched = self.client.fetch(&request).await;
-        let content = fetched.map_err(|error| Problem { message: error.to_string(), hint: hint() })?;
-        wanted.check(&content).map_err(|error| Problem { message: error.to_string(), hint: None })?;
+        let from_maker = attempt == 1 || matches!(wanted.codec, ShardCodec::Slice(_));
+        let content = fetched.map_err(|error| Problem::of_fetch(&error, from_maker))?;
+        wanted.check(&content).map_err(|error| Problem::hopeless(&error))?;
         Ok(Bytes::from(content))
     }
 }
