@@ -271,7 +271,13 @@ pub(super) const FAULTS: &[Fault] = &[
         figures: &["one_liar"],
         proofs: &[proof(GOLDEN, "one_liar_of_four_costs_a_trimmed_mean_at_most_a_hundredth_of_the_loss")],
     },
-    untested("a revoked key", "keys cannot be revoked yet"),
+    Fault {
+        name: "a revoked key",
+        done: "`beringia revoke` of a site in a run, which then calls again",
+        seen: "its connection ends, it is in no further plan, its key is refused; the others go on",
+        figures: &[],
+        proofs: &[proof(SITES, "an_invite_for_one_admits_one_and_who_is_revoked_leaves_for_good")],
+    },
 ];
 
 const fn untested(name: &'static str, seen: &'static str) -> Fault {

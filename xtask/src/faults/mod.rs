@@ -60,7 +60,9 @@ fn proofs() -> impl Iterator<Item = &'static Proof> {
 fn see(figures: &Path) -> Result<Seen, Failure> {
     let mut suites: BTreeMap<Suite, BTreeSet<&str>> = BTreeMap::new();
     for proof in proofs() {
-        suites.entry(proof.suite).or_default().insert(proof.test);
+        // Library tests of all packages run together.
+        let suite = Suite { package: if proof.suite.target.is_some() { proof.suite.package } else { "lib" }, ..proof.suite };
+        suites.entry(suite).or_default().insert(proof.test);
     }
     let mut seen = Seen::default();
     for (suite, tests) in suites {
@@ -82,7 +84,8 @@ fn see(figures: &Path) -> Result<Seen, Failure> {
 fn run_suite(suite: Suite, tests: &BTreeSet<&str>, figures: &Path) -> Result<String, Failure> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
     let mut command = Command::new(cargo);
-    command.args(["test", "--package", suite.package]);
+    // Of the whole workspace, whose features are those that are built already; a package alone has others, and builds its dependencies anew.
+    command.args(["test", "--workspace", "--no-fail-fast"]);
     match suite.target {
         Some(target) => command.args(["--test", target]),
         None => command.arg("--lib"),
