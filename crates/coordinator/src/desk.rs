@@ -414,6 +414,8 @@ impl Desk {
                 });
                 self.decide(Input::Evaluated { site, round, nats_per_token }, now, outlet)
             }
+            // A line of the event log with such a number could not be read again.
+            FromSite::Fetched { seconds, .. } if !(seconds.is_finite() && seconds >= 0.0) => Ok(()),
             FromSite::Fetched { round, from, bytes, seconds } => {
                 outlet.tell(Event::DeltaFetched { round, from_site: from, bytes, seconds });
                 Ok(())
