@@ -32,9 +32,9 @@ pub const SITE_MESSAGE_BYTES_MAX: usize = 128 * 1024;
 
 const _: () = assert!(SITE_MESSAGE_BYTES_MAX <= FRAME_BYTES_MAX);
 
-/// Connections of one peer to one listener. A fetch has [`STREAMS_MAX`] streams, and a site fetches a few things from another at once; a control
-/// connection and the one before it, which has not been noticed to be gone, besides. Each holds a chunk, 1 MiB, while it is served: 128 MiB.
-pub const PEER_CONNECTIONS_MAX: usize = 4 * STREAMS_MAX;
+/// Connections of one peer to one listener. A fetch has at most [`STREAMS_MAX`] streams, and a site fetches the fragments of several rounds from
+/// another at once: eight times that. Each holds a chunk, 1 MiB, while it is served from a file: 256 MiB.
+pub const PEER_CONNECTIONS_MAX: usize = 8 * STREAMS_MAX;
 
 /// Messages of one peer that are read at once. A site in a run of 500 says some 2,000 in a round: of each other site that it holds a
 /// slice, a part or a delta, and how long that took.
