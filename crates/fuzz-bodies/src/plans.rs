@@ -20,9 +20,17 @@ pub fn cluster(bytes: &[u8]) {
     let Ok(cluster) = TOML.check(text.len(), || Cluster::parse(text)) else { return };
     cluster.network().expect("every link joins two sites");
     let _ = cluster.specs(&BUILT_IN);
-    let first = cluster.sites[0].name.clone();
-    if let Ok(changed) = Change::Site(first).apply(&cluster) {
+    let [first, last] =
+        [cluster.sites.first(), cluster.sites.last()].map(|site| site.expect("it has sites").name.clone());
+    if let Ok(changed) = Change::Site(first.clone()).apply(&cluster) {
         assert_eq!(changed.sites.len(), cluster.sites.len() + 1);
+    }
+    let device = Change::Device { site: first.clone(), device: "H100".to_owned() };
+    let link = Change::Link { one: first, other: last, gigabits: 1e6 };
+    for change in [device, link] {
+        if let Ok(changed) = change.apply(&cluster) {
+            changed.network().expect("every link joins two sites");
+        }
     }
 }
 
