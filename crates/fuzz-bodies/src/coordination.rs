@@ -299,6 +299,24 @@ impl Player {
     }
 }
 
+/// An input in which two sites come, say these things by turns, and time passes.
+pub(crate) fn said_to_coordinator(kind: u8, words: &[FromSite]) -> Vec<u8> {
+    let mut input = vec![kind];
+    (0..2).for_each(|site: u8| note(&mut input, ENTER | site << 2, &[]));
+    for (word, site) in words.iter().zip([0_u8, 1].into_iter().cycle()) {
+        note(&mut input, SAY | site << 2, &body_of(word));
+    }
+    note(&mut input, TICK, &[4]);
+    input
+}
+
+/// An input in which the coordinator says these things to a site.
+pub(crate) fn said_to_site(kind: u8, words: &[Directive]) -> Vec<u8> {
+    let mut input = vec![kind];
+    words.iter().for_each(|word| note(&mut input, SAY, &body_of(&FromCoordinator::Directive(word.clone()))));
+    input
+}
+
 /// A whole run of two honest sites.
 pub(crate) struct HonestRun {
     /// As an input of [`coordinator_hears`].

@@ -3,7 +3,7 @@
 //! Each is made by the code that ships, so that a format that changes takes its corpora along.
 
 use crate::codecs::{CODECS, fragment_codec};
-use crate::coordination::{DATABASE, LINES, honest_run};
+use crate::coordination::{DATABASE, LINES, honest_run, said_to_coordinator, said_to_site};
 use crate::network::unfinished;
 use crate::{checkpoints, datasets};
 use base::{ContentHash, Round, RunConfig, SiteId, Term};
@@ -376,12 +376,30 @@ parameters = ["transformer.wte.weight 512 x 64", "transformer.ln_f.weight 64"]
 
 pub(crate) fn coordinator_hears() -> Seeds {
     let names = ["mesh", "sharded", "streaming", "adaptive"];
-    names.into_iter().zip(0..).map(|(name, kind)| (name, honest_run(kind).heard)).collect()
+    let honest = names.into_iter().zip(0..).map(|(name, kind)| (name, honest_run(kind).heard));
+    let ready = |tokens_per_second| {
+        FromSite::Report(Report::Ready {
+            round: Round(0),
+            state_hash: ContentHash([7; 32]),
+            tokens_per_second,
+            recall: 0,
+        })
+    };
+    let fetched = FromSite::Fetched { round: Round(1), from: SiteId(1), bytes: 1, seconds: f64::NAN };
+    // The sum of the speeds, by which work is divided, was infinite.
+    let speed = said_to_coordinator(0, &[ready(1e308), ready(1e308)]);
+    // The event's line in the log could not be read again.
+    let seconds = said_to_coordinator(0, &[ready(100.0), ready(200.0), fetched]);
+    honest.chain([("found-speed", speed), ("found-seconds", seconds)]).collect()
 }
 
 pub(crate) fn site_hears() -> Seeds {
     let names = ["mesh", "sharded", "streaming", "adaptive"];
-    names.into_iter().zip(0..).map(|(name, kind)| (name, honest_run(kind).told)).collect()
+    let honest = names.into_iter().zip(0..).map(|(name, kind)| (name, honest_run(kind).told));
+    let commit = rounds::Commit { round: Round(u64::MAX), ..rounds::Commit::initial() };
+    // The site counted on from that round, for ever.
+    let round = said_to_site(0, &[Directive::FetchState { commit, state_hash: hash(), from: vec![SiteId(1)] }]);
+    honest.chain([("found-round", round)]).collect()
 }
 
 pub(crate) fn log_lines() -> Seeds {

@@ -14,7 +14,8 @@ fn main() -> io::Result<()> {
         fs::create_dir_all(&folder)?;
         for (name, input) in (target.seeds)() {
             bytes += input.len();
-            fs::write(folder.join(format!("seed-{name}")), input)?;
+            let file = if name.starts_with("found-") { name.to_owned() } else { format!("seed-{name}") };
+            fs::write(folder.join(file), input)?;
         }
     }
     println!("{} targets, {bytes} bytes of seeds", TARGETS.len());
