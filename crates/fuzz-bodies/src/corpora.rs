@@ -201,7 +201,7 @@ pub(crate) fn identity() -> Seeds {
 }
 
 pub(crate) fn unpacked() -> Seeds {
-    let tokens: Vec<u8> = (0..4_000_u32).flat_map(|i| ((i * i >> 7) as u16 % 300).to_le_bytes()).collect();
+    let tokens: Vec<u8> = (0..4_000_u32).flat_map(|i| (((i * i) >> 7) as u16 % 300).to_le_bytes()).collect();
     let packed = wire::packed::pack(&tokens).expect("tokens shrink");
     let length = &(tokens.len() as u32).to_le_bytes()[..3];
     vec![("tokens", [length, &packed].concat()), ("short", [&[1, 0, 0], &packed[..]].concat())]
@@ -446,7 +446,7 @@ pub(crate) fn event_log() -> Seeds {
     let events = honest_run(2).events.into_iter();
     let record = |(event, seq)| Record { v: 1, seq, unix_ms: 1_000 * seq, source: "coordinator".to_owned(), event };
     let text: String = events.zip(0..).map(record).map(|record| record.to_line()).collect();
-    let torn = text[..text.len() * 2 / 3].as_bytes().to_vec();
+    let torn = text.as_bytes()[..text.len() * 2 / 3].to_vec();
     vec![("run", text.into_bytes()), ("torn", torn)]
 }
 
