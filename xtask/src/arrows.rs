@@ -26,6 +26,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("coordinator", 4),
     ("simulator", 4),
     ("cli", 5),
+    ("fuzz-bodies", 6),
     ("xtask", 6),
 ];
 

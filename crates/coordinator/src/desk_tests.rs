@@ -37,6 +37,8 @@ struct Out {
     steps: Steps,
     /// A link that takes nothing.
     full: Option<LinkNumber>,
+    /// What people were told.
+    told: Vec<Event>,
 }
 
 impl Outlet for Out {
@@ -54,7 +56,9 @@ impl Outlet for Out {
         self.steps.lock().unwrap().push(Step::Closed(link));
     }
 
-    fn tell(&mut self, _event: Event) {}
+    fn tell(&mut self, event: Event) {
+        self.told.push(event);
+    }
 }
 
 fn config() -> RunConfig {
@@ -86,7 +90,7 @@ struct Office {
 impl Office {
     fn new(lines: Vec<Line>, appends: usize) -> Self {
         let steps = Steps::default();
-        let mut out = Out { steps: Arc::clone(&steps), full: None };
+        let mut out = Out { steps: Arc::clone(&steps), full: None, told: Vec::new() };
         let secret = Secret::generate().unwrap();
         let briefing = Briefing {
             config: config(),
@@ -276,4 +280,21 @@ fn a_revoked_machine_leaves_at_once_and_for_good() {
         Line::Revoked { revoked },
     ];
     assert!(is_refused(&mut Office::new(lines, usize::MAX), invited, AT), "after a restart too");
+}
+
+#[test]
+fn a_site_that_talks_without_end_fills_no_disk_and_what_it_cannot_have_measured_is_not_told() {
+    let mut office = Office::new(Vec::new(), usize::MAX);
+    let (a, b) = (office.admit("a"), office.admit("b"));
+    let fetched = |seconds| FromSite::Fetched { round: Round(1), from: SiteId(0), bytes: 1, seconds };
+    let mut say = |from, seconds, now| {
+        office.out.told.clear();
+        office.desk.said(from, fetched(seconds), now, &mut office.out).unwrap();
+        office.out.told.len()
+    };
+    // A line with such a number could not be read again.
+    assert_eq!([f64::NAN, f64::INFINITY, -1.0].map(|seconds| say(a, seconds, 0.0)), [0; 3]);
+    let told: usize = (0..2 * WORDS_TOLD_PER_MINUTE_MAX).map(|_| say(a, 0.5, 1.0)).sum();
+    assert_eq!(told as u32, WORDS_TOLD_PER_MINUTE_MAX + 1, "and one warning");
+    assert_eq!((say(a, 0.5, 60.9), say(b, 0.5, 60.9), say(a, 0.5, 61.0)), (0, 1, 1));
 }

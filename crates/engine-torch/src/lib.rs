@@ -21,6 +21,8 @@ mod arena;
 mod describe;
 mod devices;
 mod engine;
+#[doc(hidden)]
+pub mod fuzzing;
 mod leash;
 mod options;
 mod package;

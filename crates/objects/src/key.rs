@@ -38,7 +38,7 @@ impl ObjectKey {
     }
 
     /// The key in a name that [`Self::name`] made; `None` for whatever else lies there.
-    pub(crate) fn of_name(name: &str) -> Option<Self> {
+    pub fn of_name(name: &str) -> Option<Self> {
         let parts: Vec<&str> = name.split('-').collect();
         match parts[..] {
             ["round", round, "fragment", fragment, "site", site, _hash] => Some(Self::Delta {

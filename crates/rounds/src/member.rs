@@ -29,6 +29,9 @@ use std::ops::Range;
 /// is refused.
 pub const WAITING_MAX: usize = 65_536;
 
+/// No run has more rounds: its inner steps are at most 2^40, and what only synchronises at its end adds a few.
+const ROUND_MAX: Round = Round(1 << 41);
+
 /// What happened at a site.
 #[derive(Debug, Clone, PartialEq)]
 pub enum MemberEvent {
@@ -345,6 +348,9 @@ impl Member {
     fn follow(&mut self, directive: Directive, commands: &mut Vec<MemberCommand>) -> Result<(), ProtocolError> {
         match directive {
             Directive::Peers(peers) => commands.push(MemberCommand::Peers(peers)),
+            Directive::FetchState { commit, .. } if commit.round > ROUND_MAX => {
+                return Err(self.refuse(format!("the state of round {}", commit.round)));
+            }
             Directive::FetchState { commit, state_hash, from } => {
                 self.fetching_state = true;
                 commands.push(MemberCommand::Abandon);
@@ -428,11 +434,16 @@ impl Member {
         if commit.term < self.commit_term {
             return Err(self.refuse(format!("a commit of the older term {}", commit.term)));
         }
+        if commit.round > Round(0) && (commit.term, commit.round) == (self.commit_term, self.last_commit()) {
+            // Said twice: in one term a round is committed once.
+            return Ok(());
+        }
         if commit.round != self.last_commit().next() || self.commits.len() >= WAITING_MAX {
             return Err(self.refuse(format!("a commit of round {}", commit.round)));
         }
         if !commit.parts.is_empty() {
             self.announce_parts(&commit, commands)?;
+            self.commit_term = commit.term;
             self.commits.push_back(commit);
             return Ok(());
         }
@@ -451,6 +462,10 @@ impl Member {
     fn begin(&mut self, plan: RoundPlan, commands: &mut Vec<MemberCommand>) -> Result<(), ProtocolError> {
         if plan.term < self.term {
             return Err(self.refuse(format!("a plan of the older term {}", plan.term)));
+        }
+        if self.plans.get(&plan.round) == Some(&plan) {
+            // Said twice.
+            return Ok(());
         }
         let newest = self.plans.keys().next_back().copied().unwrap_or(Round(0)).max(self.last_commit());
         if !plan.parts.is_empty() && !is_cut(&plan.parts) {

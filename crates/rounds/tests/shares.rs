@@ -170,3 +170,12 @@ fn a_speed_that_is_not_a_number_is_refused() {
     let commands = sites.coordinator.handle(event, 0.0);
     assert!(commands.iter().any(|command| matches!(command, Command::Send(SiteId(0), Directive::Dropped { .. }))));
 }
+
+#[test]
+fn a_speed_that_no_site_has_is_refused() {
+    for tokens_per_second in [f64::MAX, 1e16, 0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let refused = std::panic::catch_unwind(|| Lockstep::new(&[tokens_per_second, tokens_per_second]));
+        let message = *refused.err().unwrap().downcast::<String>().unwrap();
+        assert_eq!(message, "Misbehaved", "{tokens_per_second} tokens a second");
+    }
+}

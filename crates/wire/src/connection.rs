@@ -10,6 +10,7 @@ use crate::limits::{
     CONNECT_SECONDS_MAX, HANDSHAKE_SECONDS_MAX, PROTOCOL_VERSION, SOCKET_READ_BYTES, SOCKET_WRITE_BYTES,
 };
 use crate::link::LinkPath;
+use crate::peers::Place;
 use crate::preamble::{self, PREAMBLE_BYTES, PreambleError, Purpose};
 use crate::proxy::{DialError, Proxy, dial};
 use crate::socket::{Socket as SystemSocket, TcpInfo};
@@ -24,12 +25,12 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 type Socket = BufReader<Counted<TcpStream>>;
@@ -67,6 +68,8 @@ struct Peer {
     /// Open for as long as either half: nobody but the halves holds a `Peer`.
     socket: SystemSocket,
     traffic: Traffic,
+    /// Of a peer that came to a listener of ours: what it may take.
+    place: OnceLock<Place>,
 }
 
 /// Why a message was not sent.
@@ -332,7 +335,7 @@ pub(crate) async fn greet(
     let mut answer = [0; PREAMBLE_BYTES];
     stream.read_exact(&mut answer).await?;
     preamble::decode(&answer)?;
-    Ok(Connection::new(stream.into(), Peer { fingerprint, address, local_address, socket: system, traffic }))
+    Ok(Connection::new(stream.into(), Peer::new(fingerprint, (address, local_address), system, traffic)))
 }
 
 /// The server's part after the TCP accept: TLS, the client's preamble, our answer.
@@ -362,7 +365,7 @@ pub(crate) async fn welcome(
             return Err(error.into());
         }
     };
-    Ok((purpose, Connection::new(stream.into(), Peer { fingerprint, address, local_address, socket: system, traffic })))
+    Ok((purpose, Connection::new(stream.into(), Peer::new(fingerprint, (address, local_address), system, traffic))))
 }
 
 fn prepare(socket: TcpStream, traffic: &Traffic) -> io::Result<(Socket, SocketAddr, Traffic)> {
@@ -374,7 +377,25 @@ fn prepare(socket: TcpStream, traffic: &Traffic) -> io::Result<(Socket, SocketAd
     Ok((BufReader::with_capacity(SOCKET_READ_BYTES, Counted::new(socket, traffic.clone())), address, traffic))
 }
 
+impl Peer {
+    fn new(
+        fingerprint: ContentHash,
+        (address, local_address): (SocketAddr, SocketAddr),
+        socket: SystemSocket,
+        traffic: Traffic,
+    ) -> Self {
+        Self { fingerprint, address, local_address, socket, traffic, place: OnceLock::new() }
+    }
+}
+
 impl Connection {
+    /// From now on the peer is held to what its place allows.
+    pub(crate) fn take_place(&mut self, place: Place) {
+        self.receiver.decoder.set_bytes_max(place.frame_bytes_max(true));
+        // A connection has one place, and gets it once.
+        let _ = self.sender.peer.place.set(place);
+    }
+
     fn new(stream: Stream, peer: Peer) -> Self {
         let (read, write) = tokio::io::split(stream);
         let peer = Arc::new(peer);
@@ -552,14 +573,21 @@ impl Sender {
 }
 
 impl Receiver {
-    /// Receives one message. Cancel-safe: dropped before it is ready, it loses nothing.
+    /// Receives one message; of a peer that has said too much, after a pause. Cancel-safe: dropped before it is ready, it loses nothing.
     ///
     /// # Errors
     /// The connection ended, or what came is no such message. Only after a malformed or overlong body of a
     /// well-formed frame does the stream still have a meaning; callers should close it all the same.
     pub async fn recv<T: DeserializeOwned>(&mut self) -> Result<T, RecvError> {
+        while let Some(wait) = self.peer.place.get().and_then(Place::wait) {
+            sleep(wait).await;
+        }
         loop {
             if let Some(body) = self.decoder.next_body()? {
+                if let Some(place) = self.peer.place.get() {
+                    place.said(body.len());
+                    self.decoder.set_bytes_max(place.frame_bytes_max(false));
+                }
                 return Ok(frame::decode(&body)?);
             }
             match self.stream.read_buf(self.decoder.space()).await {

@@ -16,10 +16,12 @@ const HEADER_BYTES: usize = 4;
 #[non_exhaustive]
 pub enum FrameError {
     /// The length is over its bound.
-    #[error("a frame of {bytes} bytes was announced; at most {FRAME_BYTES_MAX} are accepted")]
+    #[error("a frame of {bytes} bytes was announced; at most {bytes_max} are accepted")]
     TooLong {
         /// The announced, or to be sent, length.
         bytes: usize,
+        /// What may come, or be sent.
+        bytes_max: usize,
     },
     /// The body is not a message of the expected type.
     #[error("a frame of {bytes} bytes is not a message: {reason}")]
@@ -45,7 +47,7 @@ pub fn encode<T: Serialize + ?Sized>(message: &T) -> Result<Vec<u8>, FrameError>
     let mut frame = postcard::to_extend(message, vec![0; HEADER_BYTES]).map_err(malformed)?;
     let bytes = frame.len() - HEADER_BYTES;
     if bytes > FRAME_BYTES_MAX {
-        return Err(FrameError::TooLong { bytes });
+        return Err(FrameError::TooLong { bytes, bytes_max: FRAME_BYTES_MAX });
     }
     frame[..HEADER_BYTES].copy_from_slice(&(bytes as u32).to_le_bytes());
     Ok(frame)
@@ -65,15 +67,27 @@ pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, FrameError> {
 }
 
 /// Cuts a byte stream into frame bodies.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FrameDecoder {
     buffer: BytesMut,
+    bytes_max: usize,
+}
+
+impl Default for FrameDecoder {
+    fn default() -> Self {
+        Self { buffer: BytesMut::new(), bytes_max: FRAME_BYTES_MAX }
+    }
 }
 
 impl FrameDecoder {
     /// An empty decoder.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Frames from now on have at most that length, and never more than [`FRAME_BYTES_MAX`].
+    pub fn set_bytes_max(&mut self, bytes_max: usize) {
+        self.bytes_max = bytes_max.min(FRAME_BYTES_MAX);
     }
 
     /// Takes bytes that arrived.
@@ -84,7 +98,7 @@ impl FrameDecoder {
     /// The next whole body, if its bytes have arrived. After an error the stream has no meaning any more.
     ///
     /// # Errors
-    /// A length over [`FRAME_BYTES_MAX`].
+    /// A length over [`FRAME_BYTES_MAX`], or over what was set.
     pub fn next_body(&mut self) -> Result<Option<Bytes>, FrameError> {
         match self.announced()? {
             Some(bytes) if self.buffer.len() >= HEADER_BYTES + bytes => {
@@ -99,7 +113,7 @@ impl FrameDecoder {
     fn announced(&self) -> Result<Option<usize>, FrameError> {
         let Some(header) = self.buffer.first_chunk::<HEADER_BYTES>() else { return Ok(None) };
         match u32::from_le_bytes(*header) as usize {
-            bytes if bytes > FRAME_BYTES_MAX => Err(FrameError::TooLong { bytes }),
+            bytes if bytes > self.bytes_max => Err(FrameError::TooLong { bytes, bytes_max: self.bytes_max }),
             bytes => Ok(Some(bytes)),
         }
     }
@@ -176,7 +190,10 @@ mod tests {
     fn a_huge_length_is_refused_before_memory_is_taken() {
         let mut decoder = FrameDecoder::new();
         decoder.push(&u32::MAX.to_le_bytes());
-        assert_eq!(decoder.next_body(), Err(FrameError::TooLong { bytes: u32::MAX as usize }));
+        assert_eq!(
+            decoder.next_body(),
+            Err(FrameError::TooLong { bytes: u32::MAX as usize, bytes_max: FRAME_BYTES_MAX })
+        );
         assert!(decoder.buffer.capacity() < 1024, "{}", decoder.buffer.capacity());
         let mut decoder = FrameDecoder::new();
         decoder.push(&(FRAME_BYTES_MAX as u32).to_le_bytes());
@@ -188,7 +205,12 @@ mod tests {
     fn a_message_over_the_bound_is_not_sent() {
         let just = vec![0u8; FRAME_BYTES_MAX - 3];
         assert_eq!(encode(&just).unwrap().len(), HEADER_BYTES + FRAME_BYTES_MAX);
-        assert_eq!(encode(&vec![0u8; FRAME_BYTES_MAX]), Err(FrameError::TooLong { bytes: FRAME_BYTES_MAX + 3 }));
+        let (bytes, bytes_max) = (FRAME_BYTES_MAX + 3, FRAME_BYTES_MAX);
+        assert_eq!(encode(&vec![0u8; FRAME_BYTES_MAX]), Err(FrameError::TooLong { bytes, bytes_max }));
+        let mut decoder = FrameDecoder::new();
+        decoder.set_bytes_max(100);
+        decoder.push(&101_u32.to_le_bytes());
+        assert_eq!(decoder.next_body(), Err(FrameError::TooLong { bytes: 101, bytes_max: 100 }));
     }
 
     #[test]

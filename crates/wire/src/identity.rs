@@ -108,7 +108,7 @@ impl Identity {
         self.fingerprint
     }
 
-    fn from_pem(pem: &[u8]) -> Result<Self, String> {
+    pub(crate) fn from_pem(pem: &[u8]) -> Result<Self, String> {
         let certificate = CertificateDer::from_pem_slice(pem).map_err(|error| format!("certificate: {error}"))?;
         let key = PrivateKeyDer::from_pem_slice(pem).map_err(|error| format!("private key: {error}"))?;
         let describe = |error: rustls::Error| error.to_string();
@@ -134,7 +134,7 @@ impl fmt::Debug for Identity {
     }
 }
 
-fn generate_pem() -> Result<Vec<u8>, IdentityError> {
+pub(crate) fn generate_pem() -> Result<Vec<u8>, IdentityError> {
     let describe = |error: rcgen::Error| IdentityError::Generate(error.to_string());
     let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(describe)?;
     let mut parameters = rcgen::CertificateParams::new([tls::SERVER_NAME.to_owned()]).map_err(describe)?;

@@ -10,6 +10,8 @@
 pub mod blob;
 pub mod connection;
 pub mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod identity;
 pub mod interface;
 pub mod invite;
@@ -18,6 +20,7 @@ pub mod link;
 pub mod listener;
 pub mod message;
 pub mod packed;
+pub mod peers;
 pub mod preamble;
 pub mod probe;
 pub mod proxy;
@@ -35,6 +38,7 @@ pub use identity::{Identity, IdentityError};
 pub use invite::{Invite, InviteError, Secret};
 pub use link::{LinkEstimate, LinkPath};
 pub use listener::{Incoming, ListenError, Listener, ListenerEvent, ListenerLimits, Refusal, RefusalReason};
+pub use peers::{PeerLimits, Rate};
 pub use preamble::{PreambleError, Purpose};
 pub use proxy::{Proxy, ProxyParseError};
 pub use socket::TcpInfo;

@@ -2,7 +2,8 @@
 //!
 //! A peer decides nothing about our memory or time beyond these numbers: lengths are compared with them before
 //! anything is allocated, and waits end with them. The worst that all strangers together can hold is
-//! `HANDSHAKES_MAX` × `HANDSHAKE_BYTES_MAX` = 256 × 256 KiB = 64 MiB for `HANDSHAKE_SECONDS_MAX`.
+//! `HANDSHAKES_MAX` × `HANDSHAKE_BYTES_MAX` = 256 × 256 KiB = 64 MiB for `HANDSHAKE_SECONDS_MAX`. Who has proven a key, which anybody can
+//! make, may say [`GREETING_BYTES_MAX`] before he is known; a member has the budgets of [`crate::peers`].
 
 use std::time::Duration;
 
@@ -15,6 +16,39 @@ pub const PACE_BYTES_PER_SECOND_MIN: u64 = 4_096;
 
 /// Body of one control frame. The largest message is a `run.toml` (256 KiB) with a few hundred hashes; 4 times that.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
+
+/// Body of the first frame of a connection that we accepted. A greeting has texts of 64, 249 and 1,024 bytes at most; twice that, and some.
+pub const GREETING_BYTES_MAX: usize = 4 * 1024;
+
+/// Body of a request for a chunk, or of a question: names have at most [`BLOB_NAME_BYTES_MAX`] bytes.
+pub const REQUEST_BYTES_MAX: usize = 4 * 1024;
+
+const _: () = assert!(2 * (RUN_NAME_BYTES_MAX + ADDRESS_BYTES_MAX + 1_024) <= GREETING_BYTES_MAX);
+const _: () = assert!(2 * BLOB_NAME_BYTES_MAX <= REQUEST_BYTES_MAX);
+
+/// Body of one frame from a site to its coordinator. The longest are 1,024 hashes of slices, 32 KiB, and what is known of 1,024 links,
+/// 32 bytes each; four times that. A queue of 4,096 of them takes 512 MiB, and [`PEER_BYTES_PER_SECOND_MAX`] keeps one peer from filling it.
+pub const SITE_MESSAGE_BYTES_MAX: usize = 128 * 1024;
+
+const _: () = assert!(SITE_MESSAGE_BYTES_MAX <= FRAME_BYTES_MAX);
+
+/// Connections of one peer to one listener. A fetch has at most [`STREAMS_MAX`] streams, and a site fetches the fragments of several rounds from
+/// another at once: eight times that. Each holds a chunk, 1 MiB, while it is served from a file: 256 MiB.
+pub const PEER_CONNECTIONS_MAX: usize = 8 * STREAMS_MAX;
+
+/// Messages of one peer that are read at once. A site in a run of 500 says some 2,000 in a round: of each other site that it holds a
+/// slice, a part or a delta, and how long that took.
+pub const PEER_MESSAGES_BURST: f64 = 8_192.0;
+
+/// Messages of one peer that are read each second after that. Requests for chunks among them: 4,096 of 1 MiB are 34 Gbit/s. At some 20 us
+/// each they take a tenth of a core.
+pub const PEER_MESSAGES_PER_SECOND_MAX: f64 = 4_096.0;
+
+/// Bytes of messages of one peer that are read at once: a burst of 8,192 of them at 512 bytes, or 32 of the longest.
+pub const PEER_BYTES_BURST: f64 = (4 << 20) as f64;
+
+/// Bytes of messages of one peer that are read each second after that: a round of 2,000 messages of 60 bytes has 120 KB.
+pub const PEER_BYTES_PER_SECOND_MAX: f64 = (1 << 20) as f64;
 
 /// Bytes read at once into a frame buffer: one TLS record.
 pub(crate) const READ_BYTES: usize = 16 * 1024;

@@ -10,9 +10,10 @@ use crate::limits::{
     ACCEPT_RETRY, HANDSHAKE_SECONDS_MAX, HANDSHAKES_MAX, INCOMING_QUEUED_MAX, REFUSALS_QUEUED_MAX,
     REFUSALS_REPORTED_PER_MINUTE_MAX,
 };
+use crate::peers::{PeerLimits, Peers};
 use crate::preamble::{PreambleError, Purpose};
 use crate::traffic::Traffic;
-use base::Hint;
+use base::{ContentHash, Hint};
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ pub struct Listener {
     address: SocketAddr,
     traffic: Traffic,
     counters: Arc<Counters>,
+    peers: Peers,
     incoming: mpsc::Receiver<Incoming>,
     refusals: mpsc::Receiver<Refusal>,
     accepting: AbortHandle,
@@ -71,6 +73,14 @@ pub enum RefusalReason {
     /// TLS failed, or the connection broke.
     #[error("the TLS handshake failed: {0}")]
     Handshake(#[source] io::Error),
+    /// The peer has enough.
+    #[error("the peer {} has {connections} connections already", peer.short())]
+    Connections {
+        /// Its fingerprint.
+        peer: ContentHash,
+        /// How many are open.
+        connections: usize,
+    },
 }
 
 impl From<HandshakeProblem> for RefusalReason {
@@ -98,6 +108,8 @@ pub struct ListenerStats {
     pub accepted: u64,
     /// Connections that were refused.
     pub refused: u64,
+    /// How often a message was waited for because its peer had said too much.
+    pub throttled: u64,
 }
 
 #[derive(Debug, Default)]
@@ -113,11 +125,14 @@ pub struct ListenerLimits {
     pub handshakes_max: usize,
     /// From the accepted socket to the authenticated peer.
     pub handshake: Duration,
+    /// What each authenticated peer may take.
+    pub peer: PeerLimits,
 }
 
 impl Default for ListenerLimits {
     fn default() -> Self {
-        Self { handshakes_max: HANDSHAKES_MAX, handshake: Duration::from_secs(HANDSHAKE_SECONDS_MAX) }
+        let handshake = Duration::from_secs(HANDSHAKE_SECONDS_MAX);
+        Self { handshakes_max: HANDSHAKES_MAX, handshake, peer: PeerLimits::default() }
     }
 }
 
@@ -185,7 +200,7 @@ impl Listener {
         };
         let socket = TcpListener::bind(address).await.map_err(refused)?;
         let address = socket.local_addr().map_err(refused)?;
-        let counters = Arc::new(Counters::default());
+        let (counters, peers) = (Arc::new(Counters::default()), Peers::new(limits.peer));
         let (incoming_sender, incoming) = mpsc::channel(INCOMING_QUEUED_MAX);
         let (refusal_sender, refusals) = mpsc::channel(REFUSALS_QUEUED_MAX);
         let welcomer = Welcomer {
@@ -193,12 +208,13 @@ impl Listener {
             traffic: traffic.clone(),
             deadline: limits.handshake,
             counters: counters.clone(),
+            peers: peers.clone(),
             incoming: incoming_sender,
         };
         let reporter = Reporter::new(refusal_sender, counters.clone());
         let reception = Reception { welcomer, reporter, limits, tasks: JoinSet::new(), waiting: VecDeque::new() };
         let accepting = tokio::spawn(reception.accept_all(socket)).abort_handle();
-        Ok(Self { address, traffic: traffic.clone(), counters, incoming, refusals, accepting })
+        Ok(Self { address, traffic: traffic.clone(), counters, peers, incoming, refusals, accepting })
     }
 
     /// Where it listens, with the port that was taken.
@@ -216,6 +232,7 @@ impl Listener {
         ListenerStats {
             accepted: self.counters.accepted.load(Ordering::Relaxed),
             refused: self.counters.refused.load(Ordering::Relaxed),
+            throttled: self.peers.throttled(),
         }
     }
 
@@ -248,15 +265,20 @@ struct Welcomer {
     traffic: Traffic,
     deadline: Duration,
     counters: Arc<Counters>,
+    peers: Peers,
     incoming: mpsc::Sender<Incoming>,
 }
 
 impl Welcomer {
     /// One handshake. An authenticated peer keeps its place until the application takes it.
     async fn run(self, socket: TcpStream) -> Result<(), RefusalReason> {
-        let (purpose, connection) = timeout(self.deadline, welcome(self.config, &self.traffic, socket))
+        let (purpose, mut connection) = timeout(self.deadline, welcome(self.config, &self.traffic, socket))
             .await
             .map_err(|_| RefusalReason::Timeout(self.deadline))??;
+        let peer = connection.peer();
+        let connections = self.peers.connections_max();
+        let place = self.peers.place(peer, purpose).ok_or(RefusalReason::Connections { peer, connections })?;
+        connection.take_place(place);
         self.counters.accepted.fetch_add(1, Ordering::Relaxed);
         // A closed queue means that the listener was dropped: nobody is left to be told.
         let _ = self.incoming.send(Incoming { purpose, connection }).await;

@@ -15,6 +15,11 @@ const CONGESTION_CONTROL: &str = "bbr";
 /// A connection without traffic sends a probe after this long: translators of addresses forget idle ones after minutes.
 const KEEPALIVE_SECONDS: u32 = 60;
 
+/// Without an answer, more probes follow at this distance, and after so many the connection is given up: a peer whose machine lost its
+/// power keeps its places for 60 + 6 x 10 s = 2 minutes.
+const KEEPALIVE_AGAIN_SECONDS: u32 = 10;
+const KEEPALIVE_PROBES: u32 = 6;
+
 /// What TCP has counted and measured on one connection since it was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TcpInfo {
@@ -64,6 +69,8 @@ impl Socket {
 
     fn set_keepalive(&self, seconds: u32) -> io::Result<()> {
         self.set(libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, &seconds.to_ne_bytes())?;
+        self.set(libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, &KEEPALIVE_AGAIN_SECONDS.to_ne_bytes())?;
+        self.set(libc::IPPROTO_TCP, libc::TCP_KEEPCNT, &KEEPALIVE_PROBES.to_ne_bytes())?;
         self.set(libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1u32.to_ne_bytes())
     }
 

@@ -193,6 +193,7 @@ mod tests {
     use rustls::pki_types::PrivatePkcs8KeyDer;
     use rustls::sign::{CertifiedKey, SingleCertAndKey};
     use rustls::{ClientConnection, ServerConnection, version::TLS12};
+    use std::io::{Read, Write};
 
     type Pair = (CertificateDer<'static>, PrivateKeyDer<'static>);
 
@@ -221,6 +222,10 @@ mod tests {
     fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> (Result<(), Error>, Result<(), Error>) {
         let mut client = ClientConnection::new(client, ServerName::try_from(SERVER_NAME).unwrap()).unwrap();
         let mut server = ServerConnection::new(server).unwrap();
+        talk(&mut client, &mut server)
+    }
+
+    fn talk(client: &mut ClientConnection, server: &mut ServerConnection) -> (Result<(), Error>, Result<(), Error>) {
         let mut results = (Ok(()), Ok(()));
         while client.wants_write() || server.wants_write() {
             let (mut to_server, mut to_client) = (Vec::new(), Vec::new());
@@ -236,6 +241,65 @@ mod tests {
             }
         }
         results
+    }
+
+    /// What a server makes of the records of two words that a client has sent it, after something has happened to them on their way.
+    fn delivered(on_their_way: impl FnOnce(Vec<Vec<u8>>) -> Vec<Vec<u8>>) -> Vec<u8> {
+        let (alice, bob) = (pair(), pair());
+        let name = ServerName::try_from(SERVER_NAME).unwrap();
+        let mut client = ClientConnection::new(client(&alice, &bob), name).unwrap();
+        let mut server = ServerConnection::new(self::server(&bob)).unwrap();
+        assert_eq!(talk(&mut client, &mut server), (Ok(()), Ok(())));
+        let record = |word: &str| {
+            let mut record = Vec::new();
+            client.writer().write_all(word.as_bytes()).unwrap();
+            client.write_tls(&mut record).unwrap();
+            record
+        };
+        let mut delivered = Vec::new();
+        for record in on_their_way(["one ", "two "].map(record).to_vec()) {
+            server.read_tls(&mut &record[..]).unwrap();
+            let is_fine = server.process_new_packets().is_ok();
+            // At the end of what has come it would block.
+            let _ = server.reader().read_to_end(&mut delivered);
+            if !is_fine {
+                break;
+            }
+        }
+        delivered
+    }
+
+    #[test]
+    fn no_record_is_delivered_twice_or_out_of_order() {
+        assert_eq!(delivered(|records| records), b"one two ");
+        assert_eq!(delivered(|records| [&records[..1], &records[..]].concat()), b"one ");
+        assert_eq!(delivered(|records| [&records[..], &records[1..]].concat()), b"one two ");
+        assert_eq!(delivered(|records| records.into_iter().rev().collect()), b"");
+        assert_eq!(delivered(|records| records[1..].to_vec()), b"");
+    }
+
+    /// Type, version, length.
+    const RECORD_HEADER_BYTES: usize = 5;
+
+    #[test]
+    fn no_flipped_bit_of_a_record_is_delivered() {
+        let mut bits = None;
+        for bit in 0.. {
+            let delivered = delivered(|mut records| {
+                bits = Some(8 * records[0].len());
+                if let Some(byte) = records[0].get_mut(bit / 8) {
+                    *byte ^= 1 << (bit % 8);
+                }
+                records
+            });
+            if bits.is_some_and(|bits| bit == bits) {
+                assert_eq!(delivered, b"one two ");
+                return;
+            }
+            // Type and version in a record's header say nothing in TLS 1.3 (RFC 8446, 5.2): what is delivered is what was sent.
+            let is_as_sent = bit < 8 * RECORD_HEADER_BYTES && delivered == b"one two ";
+            assert!(delivered.is_empty() || is_as_sent, "bit {bit}: {delivered:?}");
+        }
     }
 
     #[test]

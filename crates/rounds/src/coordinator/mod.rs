@@ -52,6 +52,9 @@ pub const DEADLINE_FACTOR: f64 = 3.0;
 /// A shorter time says nothing of a speed.
 const COMPUTE_SECONDS_MIN: f64 = 1e-6;
 
+/// No site trains as fast: 10,000 sites of this speed still have a finite sum, by which shares are divided.
+const TOKENS_PER_SECOND_MAX: f64 = 1e15;
+
 /// Sites pulse every 2 s: after this long without a word one counts as silent.
 const SILENCE_SECONDS: f64 = 6.0;
 
@@ -362,7 +365,7 @@ impl Coordinator {
             // It has been asked again since.
             return;
         }
-        if !(tokens_per_second.is_finite() && tokens_per_second > 0.0) {
+        if !(tokens_per_second > 0.0 && tokens_per_second <= TOKENS_PER_SECOND_MAX) {
             return self.drop_site(id, LeaveReason::Misbehaved, commands);
         }
         if let Some(site) = self.sites.get_mut(&id) {
@@ -377,6 +380,10 @@ impl Coordinator {
         let last = self.last().commit.round;
         let Some(site) = self.sites.get_mut(&id) else { return };
         let Some(since) = site.since else { return };
+        if round == site.applied {
+            // Said twice: the first word counts.
+            return;
+        }
         if round <= since.max(site.applied) || round > last {
             return self.drop_site(id, LeaveReason::Misbehaved, commands);
         }

@@ -9,10 +9,10 @@ pub(crate) mod file;
 mod pool;
 pub(crate) mod protocol;
 pub mod serve;
-mod stream;
+pub(crate) mod stream;
 mod torn;
-mod transfer;
-mod tree;
+pub(crate) mod transfer;
+pub(crate) mod tree;
 
 use crate::limits::{BLOB_NAME_BYTES_MAX, CHUNK_BYTES_MAX};
 use base::{ContentHash, Round, SiteId};

@@ -112,7 +112,7 @@ impl<'a> Streams<'a> {
 
 /// Why a stream ended.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum StreamError {
+pub(crate) enum StreamError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     #[error(transparent)]
@@ -269,7 +269,7 @@ impl StreamTask {
         counters: &mut Option<Sent>,
     ) -> Result<(Vec<u8>, ChunkHash), StreamError> {
         let reply = receiver.recv().await?;
-        let (rest_bytes, announced, sent) = self.accept(reply)?;
+        let (rest_bytes, announced, sent) = accept(reply, self.blob_bytes)?;
         self.measure(receiver, asked, sent, counters);
         let chunk_bytes = protocol::chunk_bytes(self.blob_bytes, asked.index);
         if rest_bytes != chunk_bytes - asked.offset as usize {
@@ -287,27 +287,8 @@ impl StreamTask {
             asked.outstanding.received(bytes);
         }
         let content = part.complete();
-        let hash = tree::chunk_hash(asked.index, &content, protocol::chunks(self.blob_bytes) == 1);
-        match hash == announced {
-            true => Ok((content, hash)),
-            false => Err(StreamError::Damaged { index: asked.index }),
-        }
-    }
-
-    /// What a reply announces: bytes that follow, hash of the chunk, and the holder's counters.
-    fn accept(&self, reply: ChunkReply) -> Result<(usize, ChunkHash, Option<Sent>), StreamError> {
-        let expected = self.blob_bytes;
-        match reply {
-            ChunkReply::Chunk { blob_bytes: found, .. } | ChunkReply::OutOfRange { blob_bytes: found }
-                if found != expected =>
-            {
-                Err(StreamError::Length { expected, found })
-            }
-            ChunkReply::Chunk { chunk_bytes, hash, sent, .. } => Ok((chunk_bytes as usize, hash, sent)),
-            ChunkReply::NotFound => Err(StreamError::NotFound),
-            ChunkReply::Unreadable => Err(StreamError::Unreadable),
-            ChunkReply::OutOfRange { .. } => Err(StreamError::Protocol),
-        }
+        let hash = verified(asked.index, &content, self.blob_bytes, announced)?;
+        Ok((content, hash))
     }
 
     /// Learns from the beginning of an answer.
@@ -321,6 +302,32 @@ impl StreamTask {
             self.link.sent(bytes, again);
         }
     }
+}
+
+/// What the reply for a chunk of a blob of `expected` bytes announces: bytes that follow, hash of the chunk, and the holder's counters.
+pub(crate) fn accept(reply: ChunkReply, expected: u64) -> Result<(usize, ChunkHash, Option<Sent>), StreamError> {
+    match reply {
+        ChunkReply::Chunk { blob_bytes: found, .. } | ChunkReply::OutOfRange { blob_bytes: found }
+            if found != expected =>
+        {
+            Err(StreamError::Length { expected, found })
+        }
+        ChunkReply::Chunk { chunk_bytes, hash, sent, .. } => Ok((chunk_bytes as usize, hash, sent)),
+        ChunkReply::NotFound => Err(StreamError::NotFound),
+        ChunkReply::Unreadable => Err(StreamError::Unreadable),
+        ChunkReply::OutOfRange { .. } => Err(StreamError::Protocol),
+    }
+}
+
+/// The hash of a whole chunk, if it is what was announced.
+pub(crate) fn verified(
+    index: u64,
+    chunk: &[u8],
+    blob_bytes: u64,
+    announced: ChunkHash,
+) -> Result<ChunkHash, StreamError> {
+    let hash = tree::chunk_hash(index, chunk, protocol::chunks(blob_bytes) == 1);
+    if hash == announced { Ok(hash) } else { Err(StreamError::Damaged { index }) }
 }
 
 /// A chunk that is arriving. Dropped before it is complete, it leaves what came for the next stream.

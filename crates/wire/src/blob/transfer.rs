@@ -11,7 +11,7 @@ use base::ContentHash;
 
 /// The progress of one fetch.
 #[derive(Debug)]
-pub(super) struct Transfer {
+pub(crate) struct Transfer {
     blob_bytes: u64,
     /// Hash of each chunk that is here.
     here: Vec<Option<ChunkHash>>,
@@ -37,7 +37,7 @@ struct HolderState {
 
 /// A stream's place: which holder, since when, and what it has been asked for.
 #[derive(Debug)]
-pub(super) struct Assignment {
+pub(crate) struct Assignment {
     pub(super) holder: usize,
     epoch: u32,
     /// Failures in a row of the holder when the stream started: how long to pause first.
@@ -54,7 +54,7 @@ impl Assignment {
 
 /// What a stream's failure says about its holder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Blame {
+pub(crate) enum Blame {
     /// Nothing: a kept connection had gone stale.
     Nobody,
     /// The stream broke after it had brought a part of a chunk: nothing, unless it goes on for ever.
@@ -67,7 +67,7 @@ pub(super) enum Blame {
 
 impl Transfer {
     /// A fetch of `blob_bytes` of which some chunks may be `here` already.
-    pub(super) fn new(blob_bytes: u64, here: Vec<Option<ChunkHash>>, holders: usize) -> Self {
+    pub(crate) fn new(blob_bytes: u64, here: Vec<Option<ChunkHash>>, holders: usize) -> Self {
         assert_eq!(here.len() as u64, protocol::chunks(blob_bytes), "one entry a chunk");
         let missing = here.iter().filter(|hash| hash.is_none()).count() as u64;
         let holders = vec![HolderState::default(); holders];
@@ -111,7 +111,7 @@ impl Transfer {
     }
 
     /// Notes that a chunk came. False when it was here already.
-    pub(super) fn arrived(&mut self, stream: Option<&mut Assignment>, index: u64, hash: ChunkHash) -> bool {
+    pub(crate) fn arrived(&mut self, stream: Option<&mut Assignment>, index: u64, hash: ChunkHash) -> bool {
         if let Some(stream) = stream {
             stream.in_flight.retain(|asked| *asked != index);
             self.holders[stream.holder].failures_in_row = 0;
@@ -150,7 +150,7 @@ impl Transfer {
     }
 
     /// BLAKE3 of the whole, once nothing is missing.
-    pub(super) fn root(&self) -> Option<ContentHash> {
+    pub(crate) fn root(&self) -> Option<ContentHash> {
         let hashes: Option<Vec<ChunkHash>> = self.here.iter().copied().collect();
         Some(tree::root(&hashes?, self.blob_bytes))
     }

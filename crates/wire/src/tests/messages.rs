@@ -127,7 +127,7 @@ async fn huge_lengths_trailing_bytes_and_nonsense_are_refused() {
         assert!(matches!(malformed, RecvError::Frame(FrameError::Malformed { bytes: 5, .. })), "{malformed}");
         client.halves().0.send_raw(Bytes::from_static(&[0xff; 4])).await.unwrap();
         let huge = server.recv::<Message>().await.unwrap_err();
-        assert!(matches!(huge, RecvError::Frame(FrameError::TooLong { bytes: 0xffff_ffff })), "{huge}");
+        assert!(matches!(huge, RecvError::Frame(FrameError::TooLong { bytes: 0xffff_ffff, .. })), "{huge}");
         let refused = client.send(&vec![7u8; FRAME_BYTES_MAX + 1]).await.unwrap_err();
         assert!(matches!(refused, SendError::Frame(FrameError::TooLong { .. })), "{refused}");
     })

@@ -1,13 +1,16 @@
 //! The crate as its users see it, over loopback sockets, with peers that behave and peers that do not.
 
 mod blobs;
+mod budgets;
+mod flips;
 mod links;
 mod messages;
 mod probes;
 mod proxies;
 mod strangers;
 
-use crate::{Connection, Identity, Listener, ListenerLimits, Purpose, Traffic, connect};
+use crate::limits::FRAME_BYTES_MAX;
+use crate::{Connection, Identity, Listener, ListenerLimits, PeerLimits, Purpose, Traffic, connect};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -29,14 +32,17 @@ async fn listen(identity: &Identity) -> Listener {
 }
 
 async fn listen_with(identity: &Identity, handshakes_max: usize, handshake: Duration) -> Listener {
-    let limits = ListenerLimits { handshakes_max, handshake };
+    let limits = ListenerLimits { handshakes_max, handshake, ..ListenerLimits::default() };
     Listener::bind_with(LOOPBACK, identity, &Traffic::new(), limits).await.unwrap()
 }
 
-/// Both ends of one connection: the client's, the server's.
+/// Both ends of one connection: the client's, the server's. Either may say what fits a frame.
 async fn connected() -> (Connection, Connection) {
     let (server, client) = (identity(), identity());
-    let mut listener = listen(&server).await;
+    let (greeting_bytes_max, message_bytes_max) = (FRAME_BYTES_MAX, FRAME_BYTES_MAX);
+    let peer = PeerLimits { greeting_bytes_max, message_bytes_max, ..PeerLimits::default() };
+    let limits = ListenerLimits { peer, ..ListenerLimits::default() };
+    let mut listener = Listener::bind_with(LOOPBACK, &server, &Traffic::new(), limits).await.unwrap();
     let address = listener.address().to_string();
     let (traffic, fingerprint) = (Traffic::new(), server.fingerprint());
     let dialled = connect(&client, &traffic, &address, fingerprint, Purpose::Control);

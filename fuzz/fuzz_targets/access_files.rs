@@ -1,0 +1,4 @@
+//! See docs/fuzzing.md.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz_bodies::coordination::access_files(bytes));
