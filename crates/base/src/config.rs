@@ -282,6 +282,10 @@ pub struct SyncSection {
     pub grace_seconds: f64,
     /// Longest a round may take beyond its expected time before a silent site is dropped, seconds.
     pub deadline_seconds: f64,
+    /// Part of the inner steps that are made twice, to see whether a site computes the same again; 0 none. At most one in a round.
+    pub recompute_share: f64,
+    /// Part of those that another site with the same engine recomputes as well; 0 none.
+    pub witness_share: f64,
 }
 
 impl Default for SyncSection {
@@ -309,6 +313,8 @@ impl Default for SyncSection {
             quorum: 1.0,
             grace_seconds: 20.0,
             deadline_seconds: 60.0,
+            recompute_share: 0.005,
+            witness_share: 0.1,
         }
     }
 }
@@ -512,6 +518,8 @@ impl RunConfig {
             ("[sync] quorum", self.sync.quorum, 0.0, 1.0),
             ("[sync] grace_seconds", self.sync.grace_seconds, 0.0, 1e6),
             ("[sync] deadline_seconds", self.sync.deadline_seconds, 0.1, 1e6),
+            ("[sync] recompute_share", self.sync.recompute_share, 0.0, 1.0),
+            ("[sync] witness_share", self.sync.witness_share, 0.0, 1.0),
         ];
         for (field, value, minimum, maximum) in reals {
             // NaN is in no range.

@@ -83,6 +83,11 @@ const SECTIONS: [Section; 7] = [
             ("quorum", "part of the sites that is enough to close a round; 1 waits for all"),
             ("grace_seconds", "longest wait for the others once a quorum has delivered"),
             ("deadline_seconds", "beyond a round's expected time, before a silent site is dropped"),
+            (
+                "recompute_share",
+                "part of the steps made twice, against devices that now and then compute wrong; 0 none",
+            ),
+            ("witness_share", "part of those that another site with the same engine recomputes as well"),
         ],
     ),
     (

@@ -14,6 +14,7 @@ use rounds::adaptive::Choice;
 use rounds::coordinator::{Lateness, Note, Record};
 use rounds::{
     Command, Commit, Coordinator, Directive, Event as Input, LeaveReason, LedgerTotals, Peer, Settings, SiteDevice,
+    StepMismatch, StepVerdict,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -668,6 +669,9 @@ fn event_of(note: Note) -> Option<Event> {
         Note::Straggler { site, round, reason, waited_seconds } => {
             Event::Straggler { round, site, reason: describe_lateness(reason).to_owned(), waited_seconds }
         }
+        Note::StepRecomputed { site, engine, round, by, verdict } => {
+            recomputed_event((site, engine), round, by, verdict)
+        }
         Note::Diverged { site, round, expected, found } => {
             Event::Diverged { round, site, hash_expected: expected, hash_found: found }
         }
@@ -702,6 +706,18 @@ fn event_of(note: Note) -> Option<Event> {
         Note::RoundAbandoned { round } => Event::RoundAbandoned { round },
         _ => return None,
     })
+}
+
+fn recomputed_event((site, engine): (SiteId, String), round: Round, by: Option<SiteId>, verdict: StepVerdict) -> Event {
+    let by = by.map_or_else(|| "itself".to_owned(), |by| format!("site {by}"));
+    let StepVerdict { step, seconds, mismatch } = verdict;
+    match mismatch {
+        None => Event::StepRecomputed { site, round, step, by, seconds },
+        Some(StepMismatch { quantity, difference, bound }) => {
+            let quantity = quantity.name().to_owned();
+            Event::StepMismatch { site, engine, round, step, quantity, difference, bound, by }
+        }
+    }
 }
 
 /// Where others dial a site that came from `seen`; empty where they cannot.

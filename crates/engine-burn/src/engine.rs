@@ -364,6 +364,10 @@ impl Engine for BurnEngine {
         self.optimizer.batch_share = engine::batch_share(share);
     }
 
+    fn is_repeatable(&self) -> bool {
+        self.opened.is_flex()
+    }
+
     fn operation(&mut self, operation: &Operation) -> Result<Vec<f32>, EngineError> {
         self.on_device(|engine| {
             let device = engine.device_name().to_owned();

@@ -358,6 +358,10 @@ impl Engine for TorchEngine {
         self.batch_share = engine::batch_share(share);
     }
 
+    fn is_repeatable(&self) -> bool {
+        self.options.device == "cpu"
+    }
+
     fn operation(&mut self, operation: &Operation) -> Result<Vec<f32>, EngineError> {
         let mut layout = Layout::default();
         let mut inputs = Vec::new();

@@ -217,6 +217,10 @@ impl Engine for EmulatedEngine {
     // Its steps know no noise.
     fn set_batch_share(&mut self, _share: f64) {}
 
+    fn is_repeatable(&self) -> bool {
+        true
+    }
+
     fn operation(&mut self, _: &Operation) -> Result<Vec<f32>, EngineError> {
         let reason = "it is an emulation, which computes nothing".to_owned();
         Err(EngineError::Device { device: self.device().engine, reason })

@@ -10,10 +10,12 @@ mod device;
 mod emulated;
 mod initial;
 pub mod numerics;
+mod repeat;
 
 pub use device::{DeviceInfo, DeviceRates, DeviceReport, Precision, PrecisionChoice};
 pub use emulated::{EMULATED, EmulatedEngine, STEP_SECONDS, emulated_seconds};
 pub use initial::initial_parameters;
+pub use repeat::StepBounds;
 
 use base::{Fragment, Hint, NamedTensors, ParameterSchema, TokenBatch};
 
@@ -215,6 +217,11 @@ pub trait Engine: Send {
     /// where m̂ and v̂ are the corrected moments: m̂^2 stands for the signal, the rest of v̂ for noise, whose variance goes with
     /// 1 / samples. The moments themselves stay AdamW's.
     fn set_batch_share(&mut self, share: f64);
+
+    /// Whether the same calls from the same state give the same bits, as long as the micro-batch stays.
+    fn is_repeatable(&self) -> bool {
+        false
+    }
 
     /// One of [`numerics::operations`], in f32 on this engine's device.
     ///

@@ -11,20 +11,24 @@ pub mod adaptive;
 pub mod clip;
 mod codec;
 pub mod coordinator;
+pub mod digest;
 pub mod exchange;
 pub mod ledger;
 pub mod member;
 pub mod merge;
 pub mod outer;
 pub mod plan;
+pub mod recompute;
 pub mod routes;
 pub mod schedule;
 pub mod shares;
 pub mod stall;
+pub mod witness;
 
 pub use clip::Clipped;
 pub use codec::{EncoderMemory, FragmentCodec};
 pub use coordinator::{Command, Coordinator, Event, Settings};
+pub use digest::{DigestBounds, GradientDigest};
 pub use exchange::{MergedPart, Part};
 pub use ledger::{Ledger, LedgerTotals, SampleRange};
 pub use member::{Member, MemberCommand, MemberEvent};
@@ -34,4 +38,5 @@ pub use plan::{
     Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, LinkReport, Measurement, Peer,
     Report, RoundPlan, SiteDevice,
 };
+pub use recompute::{StepCheck, StepMismatch, StepQuantity, StepVerdict};
 pub use routes::{OpenRoutes, Route, RouteChoice, RouteReason, Routes};

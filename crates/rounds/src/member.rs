@@ -18,9 +18,11 @@
 mod sharded;
 
 use crate::exchange::{MergedPart, is_cut};
+use crate::ledger::SampleRange;
 use crate::plan::{
     Assignment, Commit, Contribution, Contributor, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan,
 };
+use crate::recompute::StepVerdict;
 use base::{ContentHash, Round, SiteId, Term};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
@@ -59,6 +61,16 @@ pub enum MemberEvent {
         round: Round,
         /// Whose.
         from: SiteId,
+    },
+    /// A step of a plan was made twice, as it asks. Where the results differ, the engine has begun anew from the global state, and does
+    /// nothing more of what it was told before.
+    Recomputed {
+        /// Round of the plan.
+        round: Round,
+        /// Attempt of the plan.
+        attempt: u32,
+        /// What came of it.
+        verdict: StepVerdict,
     },
     /// This site's part is merged and being served.
     Reduced {
@@ -177,6 +189,13 @@ pub enum MemberCommand {
     },
     /// Host: merge, or take the merged parts, and take the outer step.
     Merge(Commit),
+    /// Host and engine: after the merge of that round, compute the gradient of these samples at the global parameters and report it.
+    Witness {
+        /// The round.
+        round: Round,
+        /// Positions of the sample order.
+        samples: Vec<SampleRange>,
+    },
     /// Save everything and end the process well.
     Finish {
         /// Last committed round.
@@ -314,6 +333,12 @@ impl Member {
             MemberEvent::Encoded { round, contribution, slice_hashes } => {
                 self.encoded(round, contribution, slice_hashes, &mut commands);
             }
+            MemberEvent::Recomputed { round, attempt, verdict } => {
+                commands.push(MemberCommand::Report(Report::Recomputed { round, attempt, verdict }));
+                if verdict.mismatch.is_some() && self.attempt(round) == attempt {
+                    self.give_up_own_work();
+                }
+            }
             MemberEvent::DeltaHeld { round, from } => self.delta_held(round, from, &mut commands),
             MemberEvent::SliceHeld { round, from } => self.slice_held(round, from, &mut commands),
             MemberEvent::Reduced { round, hash } => self.reduced(round, hash, &mut commands),
@@ -371,6 +396,7 @@ impl Member {
                     self.announce_part(round, fragment, part, commands)?;
                 }
             }
+            Directive::Witness { round, samples } => commands.push(MemberCommand::Witness { round, samples }),
             Directive::Commit(commit) => self.commit(commit, commands)?,
             Directive::Finish { round, state_hash } => self.finish = Some((round, state_hash)),
             Directive::Dropped { reason } => commands.push(MemberCommand::Quit(reason)),
@@ -490,11 +516,16 @@ impl Member {
         self.announced.retain(|(announced, _), _| *announced < round);
         self.held.retain(|(held, _)| *held < round);
         self.shards.retain(|planned| planned < round);
+        self.give_up_own_work();
+        commands.push(MemberCommand::Abandon);
+        self.next = (round, Place::Start);
+    }
+
+    /// Only follows in rounds for which it has nothing to give yet.
+    fn give_up_own_work(&mut self) {
         for (_, plan) in self.plans.iter_mut().filter(|(planned, _)| !self.encoded.contains(planned)) {
             plan.assignments.retain(|assignment| assignment.site != self.site);
         }
-        commands.push(MemberCommand::Abandon);
-        self.next = (round, Place::Start);
     }
 
     /// A state has been fetched: whatever was going on is void.

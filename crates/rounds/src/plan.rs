@@ -1,7 +1,9 @@
 //! What the coordinator and the sites say to each other, as plain data. `wire` gives it bytes.
 
+use crate::digest::{DigestBounds, GradientDigest};
 use crate::exchange::{MergedPart, Part};
 use crate::ledger::SampleRange;
+use crate::recompute::{StepCheck, StepVerdict};
 use crate::schedule::Effects;
 use crate::shares::step_samples;
 use base::config::Codec;
@@ -48,6 +50,22 @@ impl Assignment {
     pub fn step_samples(&self, index: u64) -> u64 {
         step_samples(self.samples, self.steps, index)
     }
+
+    /// The positions of inner step `index`, from 0, in training order.
+    pub fn step_lease(&self, index: u64) -> Vec<SampleRange> {
+        let mut skipped: u64 = (0..index).map(|before| self.step_samples(before)).sum();
+        let mut wanted = self.step_samples(index);
+        let mut ranges = Vec::new();
+        for range in &self.lease {
+            let skip = skipped.min(range.samples());
+            let taken = wanted.min(range.samples() - skip);
+            if taken > 0 {
+                ranges.push(SampleRange { start: range.start + skip, end: range.start + skip + taken });
+            }
+            (skipped, wanted) = (skipped - skip, wanted - taken);
+        }
+        ranges
+    }
 }
 
 /// What a round synchronises, and how it is coded.
@@ -92,6 +110,8 @@ pub struct RoundPlan {
     pub assignments: Vec<Assignment>,
     /// Who merges which values for all, where the round is sharded; empty where every site fetches and merges every delta.
     pub parts: Vec<Part>,
+    /// The inner step that its site makes twice.
+    pub check: Option<StepCheck>,
 }
 
 /// What a site has to give for a round.
@@ -278,6 +298,13 @@ pub enum Directive {
         /// Its fencing number.
         term: Term,
     },
+    /// Said before the commit of that round: say what the gradient of these samples is at the global parameters after it.
+    Witness {
+        /// The round.
+        round: Round,
+        /// Positions of the sample order.
+        samples: Vec<SampleRange>,
+    },
     /// Say what you hold ([`Report::Ready`]): all plans are withdrawn, and commits whose deltas are not all there will be told again,
     /// if they are still to be had.
     Recall {
@@ -315,6 +342,8 @@ pub enum LeaveReason {
     Revoked,
     /// No other site had taken its delta by the deadline: it cannot be fetched, or is none.
     DeltaUnwanted,
+    /// Its inner steps came out otherwise when they were made again, more than once.
+    StepsDiffer,
 }
 
 /// Longest text in a [`SiteDevice`].
@@ -338,6 +367,15 @@ pub struct SiteDevice {
 }
 
 impl SiteDevice {
+    /// What computes alike: the engine, whichever of a machine's devices it runs on, and the precision. Empty where the engine is not known.
+    pub fn kind(&self) -> String {
+        let engine = match self.engine.rsplit_once(':') {
+            Some((engine, number)) if number.parse::<u32>().is_ok() => engine,
+            _ => self.engine.as_str(),
+        };
+        if engine.is_empty() { String::new() } else { format!("{engine} {}", self.precision) }
+    }
+
     /// The same with texts of at most [`DEVICE_TEXT_BYTES_MAX`].
     #[must_use]
     pub fn clipped(mut self) -> Self {
@@ -431,10 +469,30 @@ pub enum Report {
         /// What it knows now.
         measurement: Measurement,
     },
+    /// It has made an inner step twice. Where the results differ, it has gone back to the global state, and delivers nothing of this round.
+    Recomputed {
+        /// Round of the plan.
+        round: Round,
+        /// Attempt of the plan.
+        attempt: u32,
+        /// What came of it.
+        verdict: StepVerdict,
+    },
+    /// It has computed a gradient that it was asked for ([`Directive::Witness`]).
+    Witnessed {
+        /// After the commit of this round.
+        round: Round,
+        /// Hash of the global state whose parameters it was computed at.
+        state_hash: ContentHash,
+        /// The gradient.
+        digest: GradientDigest,
+        /// How far it may be from that of another machine with the same kind of engine.
+        bounds: DigestBounds,
+    },
 }
 
 impl Report {
-    /// The plan that it answers, if it answers one: its round and which attempt at that.
+    /// The plan that it answers, if it answers one: its round and which attempt at that. What a step has shown counts whatever became of the plan.
     pub fn answers(&self) -> Option<(Round, u32)> {
         match *self {
             Self::Computed { round, attempt, .. }
@@ -446,6 +504,8 @@ impl Report {
             | Self::Applied { .. }
             | Self::Leave { .. }
             | Self::Device(_)
+            | Self::Recomputed { .. }
+            | Self::Witnessed { .. }
             | Self::Measured { .. } => None,
         }
     }

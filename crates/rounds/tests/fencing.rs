@@ -34,6 +34,7 @@ fn begin(term: u64) -> Directive {
         fragment,
         effects,
         parts: Vec::new(),
+        check: None,
         assignments,
     })
 }

@@ -18,6 +18,7 @@ fn settings() -> Settings {
         sequence_length: 16,
         steps_per_round: 4,
         steps_total: 400,
+        seed: 0,
         sync: SyncSection { inner_steps: 4, ..SyncSection::default() },
         schema: ParameterSchema::new([("weight".to_owned(), vec![4])]),
     }

@@ -80,6 +80,7 @@ fn settings(sites: u32, rounds: u64, shape: Shape) -> Settings {
         sequence_length: 16,
         steps_per_round: STEPS_PER_ROUND,
         steps_total: STEPS_PER_ROUND * rounds,
+        seed: 0,
         sync,
         schema: ParameterSchema::new((0..8).map(|layer| (format!("layers.{layer}.weight"), vec![LAYER_ELEMENTS]))),
     }
@@ -334,7 +335,7 @@ impl World {
                     self.sites.remove(&id);
                     return;
                 }
-                MemberCommand::Peers(_) => {}
+                MemberCommand::Peers(_) | MemberCommand::Witness { .. } => {}
             }
         }
     }

@@ -30,6 +30,7 @@ impl Lockstep {
             sequence_length: SEQUENCE_LENGTH,
             steps_per_round: STEPS,
             steps_total: STEPS * 1_000,
+            seed: 0,
             sync: SyncSection { inner_steps: STEPS, ..SyncSection::default() },
             schema: ParameterSchema::new([("weight".to_owned(), vec![1])]),
         };

@@ -20,6 +20,12 @@ const STEPS_PER_ROUND: u64 = 4;
 /// Samples of an inner step, over all sites.
 const BATCH_SAMPLES: usize = 12;
 
+/// Of inner steps: about one in two rounds.
+const RECOMPUTE_SHARE: f64 = 0.04;
+
+/// Of those.
+const WITNESS_SHARE: f64 = 0.5;
+
 /// Rounds of a run that is made twice.
 const REPEATABLE_ROUNDS: u64 = 7;
 
@@ -54,6 +60,8 @@ pub(crate) struct Scenario {
     pub(crate) fault_seconds: f64,
     /// Mean time from one fault to the next.
     pub(crate) fault_every_seconds: f64,
+    /// Part of the steps that are made twice which come out otherwise, until faults stop.
+    pub(crate) miscomputes: f64,
     /// Sites call a coordinator that is away, as they do unless `--coordinator-wait 0` is set; else they end, and are started again.
     pub(crate) sites_call: bool,
 }
@@ -71,6 +79,7 @@ impl Scenario {
         let sync = &mut config.sync;
         sync.sites = sites;
         sync.exchange = Exchange::Mesh;
+        sync.recompute_share = 0.0;
         sync.outer_momentum = [0.0, 0.9][random.next_below(4).min(1) as usize];
         sync.outer_learning_rate = 0.7;
         sync.codec = [Codec::F32, Codec::F32, Codec::Bf16, Codec::Int8, Codec::E3m0][random.next_below(5) as usize];
@@ -91,6 +100,12 @@ impl Scenario {
         if options.sharded.unwrap_or(is_sharded) {
             sync.exchange = Exchange::Sharded;
         }
+        // Half of the seeds recompute steps, half of these on machines that compute some of them wrong.
+        let (recomputes, is_sound) = (later.next_below(2) == 0, later.next_below(2) == 0);
+        if recomputes {
+            (sync.recompute_share, sync.witness_share) = (RECOMPUTE_SHARE, WITNESS_SHARE);
+        }
+        let miscomputes = if is_sound || !options.faults { 0.0 } else { 0.2 };
         let fault_seconds = options.minutes.map_or(60.0 + 180.0 * random.next_unit(), |minutes| minutes * 60.0);
         let speeds: Vec<f64> = (0..sites).map(|_| 40.0 * libm::exp2(3.0 * random.next_unit())).collect();
         let mut scenario = Self {
@@ -99,6 +114,7 @@ impl Scenario {
             bytes_per_second: 5e3 * libm::exp2(8.0 * random.next_unit()),
             fault_seconds,
             fault_every_seconds: 4.0 + 20.0 * random.next_unit(),
+            miscomputes,
             sites_call: options.sites_call.unwrap_or(sites_call),
             config: Arc::new(config),
         };

@@ -73,7 +73,8 @@ fn plan(config: &RunConfig, ledger: &mut Ledger, round: u64) -> RoundPlan {
     let fragment = FragmentPlan { index: 0, count: 1, codec: config.sync.codec, rank: 0 };
     let effects = schedule::effects(round, steps, 0);
     let (term, assignments, parts) = (Term(1), assignments.collect(), Vec::new());
-    RoundPlan { term, round, attempt: 1, first_step, steps, fragment, effects, assignments, parts }
+    let (attempt, check) = (1, None);
+    RoundPlan { term, round, attempt, first_step, steps, fragment, effects, assignments, parts, check }
 }
 
 fn run_round(sites: &mut [Site], plan: &RoundPlan, ledger: &mut Ledger) -> Result<(), Failure> {

@@ -3,9 +3,14 @@
 //! A loop over what can happen (a directive, a result of the engine, a fetched delta, a visitor, a signal) feeds the
 //! pure [`Member`] and does what it says. Nothing in the loop waits: the engine has its own thread, transfers are tasks.
 
+mod error;
+mod recompute;
 mod sharded;
 
-use crate::folder::{FolderError, RunFolder};
+use error::leave_reason;
+pub use error::{AgentError, describe};
+
+use crate::folder::RunFolder;
 use crate::host::{self, HostJob};
 use crate::join::{JoinError, conversation, fetch_run};
 use crate::line::{Coordinator, Dialler, Line, Received, away};
@@ -18,14 +23,14 @@ use crate::transit::{AGAIN, BULK_STREAMS, Transit, Wanted};
 use crate::watchdog::{Call, EngineWatch, Hang, HangBounds};
 use crate::worker::{Done, Job, Local, Worker};
 use base::config::Exchange;
-use base::{ContentHash, Hint, Round, RunConfig, SiteId};
+use base::{ContentHash, Round, RunConfig, SiteId};
 use bytes::Bytes;
-use engine::{DeviceInfo, Engine, EngineError, Interrupter};
-use objects::{ObjectStore, OpenError};
+use engine::{DeviceInfo, Engine, Interrupter};
+use objects::ObjectStore;
 use rounds::plan::LINK_REPORTS_MAX;
 use rounds::{
     Commit, Contributor, Directive, FragmentPlan, LeaveReason, LinkReport, Measurement, Member, MemberCommand,
-    MemberEvent, Report, Settings, SiteDevice,
+    MemberEvent, Report, SampleRange, Settings, SiteDevice,
 };
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -39,8 +44,8 @@ use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use wire::message::{FromSite, SiteHello};
 use wire::{
-    Blob, BlobClient, BlobKey, BlobRequest, Holder, Identity, IdentityError, Incoming, Invite, ListenError, Listener,
-    ListenerEvent, Proxy, Purpose, Sender, Traffic,
+    Blob, BlobClient, BlobKey, BlobRequest, Holder, Identity, Incoming, Invite, Listener, ListenerEvent, Proxy,
+    Purpose, Sender, Traffic,
 };
 
 /// A site says that it is there this often; the coordinator gives up after several are missing.
@@ -118,103 +123,6 @@ pub struct Outcome {
     pub bytes_sent: u64,
     /// Bytes received.
     pub bytes_received: u64,
-}
-
-/// Why a site's part ended badly.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum AgentError {
-    /// It did not get in.
-    #[error(transparent)]
-    Join(#[from] JoinError),
-    /// The key of this machine.
-    #[error(transparent)]
-    Identity(#[from] IdentityError),
-    /// The port for the other sites.
-    #[error(transparent)]
-    Listen(#[from] ListenError),
-    /// The object store.
-    #[error(transparent)]
-    Objects(#[from] OpenError),
-    /// What is in the folder.
-    #[error(transparent)]
-    Folder(#[from] FolderError),
-    /// The engine or the data.
-    #[error(transparent)]
-    Train(#[from] TrainError),
-    /// It was asked to stop before it took part.
-    #[error("asked to stop before it was ready")]
-    Stopped,
-    /// The coordinator went on without this site.
-    #[error("the run goes on without this site: {}", describe(*.0))]
-    Dropped(LeaveReason),
-    /// The engine does not come back from a call: this process cannot go on with it.
-    #[error(
-        "engine {engine} hangs: '{call}' at inner step {step} of the run has not come back for {seconds:.0} s \
-         (it may take {bound_seconds:.0} s)",
-        call = .hang.call, step = .hang.step, seconds = .hang.seconds, bound_seconds = .hang.bound_seconds
-    )]
-    EngineHung {
-        /// Engine and device.
-        engine: String,
-        /// Which call, since when.
-        hang: Hang,
-    },
-    /// A thread or task of this process ended unexpectedly.
-    #[error("the engine's thread ended: this is a bug")]
-    Internal,
-}
-
-impl Hint for AgentError {
-    fn hint(&self) -> Option<String> {
-        match self {
-            Self::Join(error) => error.hint(),
-            Self::Identity(error) => error.hint(),
-            Self::Listen(error) => error.hint(),
-            Self::Objects(error) => error.hint(),
-            Self::Folder(error) => error.hint(),
-            Self::Train(error) => error.hint(),
-            Self::Stopped => Some("run the same `beringia join` again: nothing was changed".to_owned()),
-            Self::Dropped(_) => {
-                Some("run the same `beringia join` again: it goes on from its last checkpoint".to_owned())
-            }
-            Self::EngineHung { .. } => Some(
-                "see the device's driver messages (`dmesg | tail`), then run the same `beringia join` again: it goes on \
-                 from its last checkpoint"
-                    .to_owned(),
-            ),
-            Self::Internal => Some("report it with the last lines of events.jsonl; `beringia join` resumes".to_owned()),
-        }
-    }
-}
-
-/// A reason in words.
-pub fn describe(reason: LeaveReason) -> &'static str {
-    match reason {
-        LeaveReason::Finished => "the run finished",
-        LeaveReason::Stopped => "it was asked to stop",
-        LeaveReason::ConnectionLost => "its connection was lost",
-        LeaveReason::TooSlow => "it did not finish its inner steps before the deadline",
-        LeaveReason::DeltasMissing => "it did not fetch the other sites' deltas before the deadline",
-        LeaveReason::Diverged => "its state differs from that of the other sites",
-        LeaveReason::Misbehaved => "it broke the protocol",
-        LeaveReason::EngineFailed => "its engine failed",
-        LeaveReason::EngineNotFinite => "its engine gave a number that is not finite",
-        LeaveReason::EngineHung => "its engine did not come back from a call",
-        LeaveReason::Revoked => "its key was revoked",
-        LeaveReason::DeltaUnwanted => "no other site could take its delta before the deadline",
-        _ => "for a reason that this version does not know",
-    }
-}
-
-/// What the coordinator is told when the engine's thread ends with an error.
-fn leave_reason(error: &TrainError) -> LeaveReason {
-    match error {
-        TrainError::NotFinite { .. } | TrainError::Engine(EngineError::NotFinite { .. }) => {
-            LeaveReason::EngineNotFinite
-        }
-        _ => LeaveReason::EngineFailed,
-    }
 }
 
 /// A device as the coordinator shows it.
@@ -450,6 +358,8 @@ struct Agent {
     /// Merged rounds that the engine has not been told of.
     merged: BTreeMap<Round, Merged>,
     abandon: Arc<AtomicBool>,
+    /// Samples whose gradient is wanted at the global parameters after that round.
+    witness: Option<(Round, Vec<SampleRange>)>,
     transfers: JoinSet<Fetched>,
     /// What is on its way here for a round, with the hash that is wanted of it.
     fetching: BTreeMap<(Round, BlobKey), (ContentHash, AbortHandle)>,
@@ -518,6 +428,7 @@ impl Agent {
             shards: sharded::Shards::default(),
             merged: BTreeMap::new(),
             abandon: Arc::default(),
+            witness: None,
             transfers: JoinSet::new(),
             fetching: BTreeMap::new(),
             visitors: JoinSet::new(),
@@ -759,6 +670,7 @@ impl Agent {
                 self.reduce(round, (fragment, values), &contributors);
             }
             MemberCommand::FetchPart { round, fragment, part } => self.fetch_part(round, fragment, &part),
+            MemberCommand::Witness { round, samples } => self.witness = Some((round, samples)),
             MemberCommand::Merge(commit) => self.merge(commit),
             MemberCommand::Finish { .. } => self.end(Ok(true)),
             MemberCommand::Quit(LeaveReason::Stopped | LeaveReason::Finished) => self.end(Ok(false)),
@@ -774,7 +686,9 @@ impl Agent {
         };
         // The member merges only what is held.
         let Some(inputs) = inputs else { return self.end(Err(AgentError::Internal)) };
-        self.host_job(HostJob::Merge { commit, inputs });
+        let witness = self.witness.take_if(|(round, _)| *round <= commit.round);
+        let witness = witness.filter(|(round, _)| *round == commit.round).map(|(_, samples)| samples);
+        self.host_job(HostJob::Merge { commit, inputs, witness });
     }
 
     /// What is not wanted any more after the commit of `round`.
@@ -901,6 +815,17 @@ impl Agent {
                 let slice_hashes = self.offer_slices(round, fragment, slices);
                 self.deltas.insert((round, self.site), delta);
                 self.feed(MemberEvent::Encoded { round, contribution, slice_hashes }).await
+            }
+            Done::Recomputed { round, attempt, verdict, abandoned } => {
+                self.recomputed((round, attempt), verdict, &abandoned).await
+            }
+            Done::Witness(question) => {
+                self.job(Job::Witness(question));
+                Ok(())
+            }
+            Done::Witnessed { round, state_hash, digest, bounds } => {
+                self.tell(&FromSite::Report(Report::Witnessed { round, state_hash, digest, bounds })).await;
+                Ok(())
             }
             Done::Reduced { abandoned, .. } if abandoned.load(Ordering::Relaxed) => Ok(()),
             Done::Reduced { key, part, clipped, hash, blob, .. } => {

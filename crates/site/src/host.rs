@@ -3,12 +3,12 @@
 //! It alone changes the global state. Jobs are done in order, which is the order of rounds: a round's own snapshot is encoded against
 //! the state before its commit.
 
-use crate::merger::Merger;
+use crate::merger::{Merged, Merger};
 use crate::trainer::{Progress, TrainError};
 use crate::worker::Done;
 use base::{ContentHash, Round, SiteId};
 use bytes::Bytes;
-use rounds::{Commit, Contribution, Contributor, FragmentPlan, Measurement, RoundPlan};
+use rounds::{Commit, Contribution, Contributor, FragmentPlan, Measurement, RoundPlan, SampleRange};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -35,11 +35,28 @@ pub(crate) enum HostJob {
     /// Merge the slices of these contributors' deltas for everybody.
     Reduce { key: PartKey, values: usize, contributors: Vec<Contributor>, slices: Vec<Bytes>, abandon: Arc<AtomicBool> },
     /// Merge the deltas of a commit, in its order, or take its merged parts.
-    Merge { commit: Commit, inputs: Vec<Bytes> },
+    /// Then, where somebody asks for it, the engine computes the gradient of these samples at the merged parameters.
+    Merge { commit: Commit, inputs: Vec<Bytes>, witness: Option<Vec<SampleRange>> },
     /// Take over a state that was fetched.
     Install { commit: Commit, bytes: Vec<u8> },
     /// Plans were withdrawn: their snapshots will not be sent.
     Withdraw,
+}
+
+/// A gradient that this site is asked for.
+pub(crate) struct Question {
+    pub(crate) round: Round,
+    pub(crate) state_hash: ContentHash,
+    /// The global parameters then: they go on.
+    pub(crate) parameters: Vec<f32>,
+    pub(crate) samples: Vec<SampleRange>,
+}
+
+impl Question {
+    fn new(merged: &Merged, merger: &Merger, samples: Vec<SampleRange>) -> Self {
+        let parameters = merger.state().read().unwrap_or_else(PoisonError::into_inner).parameters.clone();
+        Self { round: merged.round, state_hash: merged.state_hash, parameters, samples }
+    }
 }
 
 /// Does jobs until there are no more, or one fails; `answer` gives false when nobody listens any more.
@@ -61,10 +78,13 @@ pub(crate) fn run(mut merger: Merger, jobs: &std::sync::mpsc::Receiver<HostJob>,
                     Err(error) => Done::Failed(TrainError::Merge(error)),
                 }
             }
-            HostJob::Merge { commit, inputs } => {
+            HostJob::Merge { commit, inputs, witness } => {
                 let began = Instant::now();
                 let merged = merger.merge(&commit, &inputs);
                 merge_seconds = began.elapsed().as_secs_f64();
+                if let (Some(samples), Ok(merged)) = (witness, &merged) {
+                    answer(Done::Witness(Question::new(merged, &merger, samples)));
+                }
                 merged.map_or_else(|error| Done::Failed(TrainError::Merge(error)), Done::Merged)
             }
             HostJob::Install { commit, bytes } => install(&mut merger, commit, &bytes),

@@ -3,6 +3,8 @@
 //! Blocking and single-threaded from the outside: the agent gives it a thread of its own. It knows the arithmetic of
 //! a round, not who takes part.
 
+mod recompute;
+
 use crate::folder::{FolderError, RunFolder};
 use crate::merger::LocalChange;
 use crate::watchdog::{EngineWatch, Watched};
@@ -10,7 +12,7 @@ use base::config::Strategy;
 use base::{Fragment, Hint, ParameterSchema, RunConfig, TokenBatch};
 use data::{BigramModel, Dataset, SampleOrder, Split, TextTokenizer, ValidationSet};
 use engine::{Engine, EngineError, LossSum, StepReport};
-use rounds::{Assignment, RoundPlan, SampleRange};
+use rounds::{Assignment, RoundPlan, SampleRange, StepVerdict};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -106,11 +108,18 @@ pub struct Progress {
     pub loss: LossSum,
     /// Time in inner steps, artificial delay included.
     pub compute_seconds: f64,
+    /// What came of a step that was made twice.
+    pub(crate) verdict: Option<StepVerdict>,
     /// The gradient, where the strategy is `synchronous`.
     gradient: Vec<f32>,
 }
 
 impl Progress {
+    /// What came of a step that was made twice.
+    pub fn verdict(&self) -> Option<StepVerdict> {
+        self.verdict
+    }
+
     /// Mean loss, nats a token; 0 where nothing was trained.
     pub fn loss_nats(&self) -> f64 {
         self.loss.nats / self.loss.tokens.max(1) as f64
@@ -357,7 +366,7 @@ impl Trainer {
     }
 
     /// Makes some inner steps of an assignment, from the engine's own parameters, and adds them to `progress`. Gives false if
-    /// `abandon` was set meanwhile.
+    /// `abandon` was set meanwhile, or a step came out otherwise when it was made again: then the engine is where it was before it.
     ///
     /// # Errors
     /// The engine failed.
@@ -378,19 +387,40 @@ impl Trainer {
                 return Ok(false);
             }
             let batch = self.batch(positions.by_ref().take(assignment.step_samples(index) as usize));
-            let done = match self.config.sync.strategy {
-                Strategy::DiLoCo | Strategy::Streaming => self.step(plan.first_step + index, &batch)?,
-                Strategy::Synchronous => {
-                    progress.gradient.resize(self.schema.elements(), 0.0);
-                    self.gradient(plan.first_step + index, &batch, &mut progress.gradient)?
-                }
-            };
+            let done = self.make_step((plan, assignment), index, &batch, progress)?;
+            if progress.verdict.is_some_and(|verdict| verdict.mismatch.is_some()) {
+                return Ok(false);
+            }
             progress.loss.nats += done.report.loss_nats * done.report.tokens as f64;
             progress.loss.tokens += done.report.tokens;
             progress.compute_seconds += done.seconds;
             on_step(&done);
         }
         Ok(true)
+    }
+
+    /// Makes one inner step of an assignment, or the one gradient where the strategy is `synchronous`; twice where the plan says so.
+    fn make_step(
+        &mut self,
+        (plan, assignment): (&RoundPlan, &Assignment),
+        index: u64,
+        batch: &TokenBatch,
+        progress: &mut Progress,
+    ) -> Result<StepDone, TrainError> {
+        let step = plan.first_step + index;
+        let is_checked = recompute::is_checked(plan, assignment, index);
+        let is_synchronous = self.config.sync.strategy == Strategy::Synchronous;
+        if is_synchronous {
+            progress.gradient.resize(self.schema.elements(), 0.0);
+        }
+        let (done, verdict) = match (is_synchronous, is_checked) {
+            (false, false) => (self.step(step, batch)?, None),
+            (true, false) => (self.gradient(step, batch, &mut progress.gradient)?, None),
+            (false, true) => self.step_twice(step, batch)?,
+            (true, true) => self.gradient_twice(step, batch, &mut progress.gradient)?,
+        };
+        progress.verdict = verdict.or(progress.verdict);
+        Ok(done)
     }
 
     /// What a round has to give for a fragment: the engine's parameters, or their gradient where the strategy is `synchronous`.

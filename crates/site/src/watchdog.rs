@@ -299,6 +299,10 @@ impl Engine for Watched {
         self.engine.set_batch_share(share);
     }
 
+    fn is_repeatable(&self) -> bool {
+        self.engine.is_repeatable()
+    }
+
     fn operation(&mut self, operation: &Operation) -> Result<Vec<f32>, EngineError> {
         self.watched(Call::Operation, 1, |engine| engine.operation(operation))
     }

@@ -9,7 +9,7 @@
 
 use crate::alone::{evaluated_event, reduction_events, sample_event, save_checkpoint, step_event};
 use crate::folder::RunFolder;
-use crate::host::{HostJob, PartKey, Slice};
+use crate::host::{HostJob, PartKey, Question, Slice};
 use crate::known_speed::KnownSpeed;
 use crate::merger::{Clipped, Fragments, LocalChange, Merged};
 use crate::state::{GlobalState, Mode, SavedState, SharedState, TrainingState};
@@ -18,7 +18,9 @@ use base::config::Strategy;
 use base::{ContentHash, Round, RunConfig, SiteId};
 use bytes::Bytes;
 use engine::{EngineError, EngineState};
-use rounds::{Assignment, Commit, Contribution, FragmentPlan, Measurement, RoundPlan};
+use rounds::{
+    Assignment, Commit, Contribution, DigestBounds, FragmentPlan, GradientDigest, Measurement, RoundPlan, StepVerdict,
+};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,6 +41,8 @@ pub(crate) enum Job {
     Snapshot { plan: RoundPlan, abandon: Arc<AtomicBool> },
     /// Take over what was merged; then validate and save where the cadence says so.
     Apply { merged: Merged, evaluate: bool },
+    /// Compute a gradient that this site is asked for.
+    Witness(Question),
     /// Begin anew from the global state.
     StartOver,
     /// Save, and validate where asked, because the run or this site's part in it ends.
@@ -62,6 +66,13 @@ pub(crate) enum Done {
         measurement: Measurement,
         abandoned: Arc<AtomicBool>,
     },
+    /// A step was made twice. Where the results differ, the engine has begun anew and `abandoned` is set.
+    Recomputed {
+        round: Round,
+        attempt: u32,
+        verdict: StepVerdict,
+        abandoned: Arc<AtomicBool>,
+    },
     /// This site's part of a sharded round is merged. Not wanted any more where `abandoned` is set by now.
     Reduced {
         key: PartKey,
@@ -73,6 +84,14 @@ pub(crate) enum Done {
         abandoned: Arc<AtomicBool>,
     },
     Merged(Merged),
+    /// Said before the merge that it needs: the engine has to answer it.
+    Witness(Question),
+    Witnessed {
+        round: Round,
+        state_hash: ContentHash,
+        digest: GradientDigest,
+        bounds: DigestBounds,
+    },
     Installed {
         round: Round,
         state_hash: ContentHash,
@@ -173,9 +192,12 @@ impl Worker {
                 let tokens_per_second = self.speed(samples_per_step, seconds)?;
                 answer(Done::Prepared { tokens_per_second });
             }
-            Job::Train { plan, assignment, steps, abandon } => self.train((&plan, &assignment), steps, &abandon)?,
-            Job::Snapshot { plan, abandon } => self.snapshot(plan, abandon)?,
+            Job::Train { plan, assignment, steps, abandon } => {
+                self.train((&plan, &assignment), steps, &abandon, answer)?;
+            }
+            Job::Snapshot { plan, abandon } => self.snapshot(plan, abandon, answer)?,
             Job::Apply { merged, evaluate } => self.apply(&merged, evaluate, answer)?,
+            Job::Witness(question) => self.witness(&question, answer)?,
             Job::StartOver => self.start_over()?,
             Job::Finish { evaluate } => {
                 self.surviving(Self::put_back)?;
@@ -250,14 +272,37 @@ impl Worker {
         &mut self,
         (plan, assignment): (&RoundPlan, &Assignment),
         steps: Range<u64>,
-        abandon: &AtomicBool,
+        abandon: &Arc<AtomicBool>,
+        answer: Answer<'_>,
     ) -> Result<(), TrainError> {
         if abandon.load(Ordering::Relaxed) {
             return Ok(());
         }
         self.begin_round(plan.round);
         self.local.work.assignment = Some(assignment.clone());
-        self.surviving(|worker| worker.train_through(plan, steps.clone(), abandon))
+        self.surviving(|worker| worker.train_through(plan, steps.clone(), abandon))?;
+        let verdict = self.local.work.progress.verdict.take();
+        self.tell_check(plan, verdict, abandon, answer).map(|_is_wrong| ())
+    }
+
+    /// Tells what a step that was made twice has shown. Where the results differ, nobody knows what else is wrong of what was learnt since the
+    /// last merge: it is given up, with the jobs that build on it. Gives whether that is so.
+    fn tell_check(
+        &mut self,
+        plan: &RoundPlan,
+        verdict: Option<StepVerdict>,
+        abandon: &Arc<AtomicBool>,
+        answer: Answer<'_>,
+    ) -> Result<bool, TrainError> {
+        let Some(verdict) = verdict else { return Ok(false) };
+        let is_wrong = verdict.mismatch.is_some();
+        if is_wrong {
+            abandon.store(true, Ordering::Relaxed);
+            self.start_over()?;
+        }
+        let abandoned = Arc::clone(abandon);
+        answer(Done::Recomputed { round: plan.round, attempt: plan.attempt, verdict, abandoned });
+        Ok(is_wrong)
     }
 
     fn begin_round(&mut self, round: Round) {
@@ -290,19 +335,23 @@ impl Worker {
         Ok(())
     }
 
-    fn snapshot(&mut self, plan: RoundPlan, abandon: Arc<AtomicBool>) -> Result<(), TrainError> {
+    fn snapshot(&mut self, plan: RoundPlan, abandon: Arc<AtomicBool>, answer: Answer<'_>) -> Result<(), TrainError> {
         if abandon.load(Ordering::Relaxed) {
             return Ok(());
         }
         let fragment = self.local.fragments.of(plan.fragment);
         self.begin_round(plan.round);
         let steps = self.local.work.assignment.as_ref().map_or(0, |assignment| assignment.steps);
-        let (values, progress) = self.surviving(|worker| {
+        let (values, mut progress) = self.surviving(|worker| {
             // None, unless the engine has lost them.
             worker.train_through(&plan, steps..steps, &abandon)?;
             let mut progress = std::mem::take(&mut worker.local.work.progress);
             Ok((worker.trainer.snapshot(&fragment, &mut progress)?, progress))
         })?;
+        // Again, where the engine was lost after it and made its steps anew.
+        if self.tell_check(&plan, progress.verdict.take(), &abandon, answer)? {
+            return Ok(());
+        }
         let values = Arc::new(values);
         self.local.in_flight.insert(plan.round);
         // A thread that is gone is noticed where its results are awaited.
@@ -350,6 +399,22 @@ impl Worker {
         self.local.in_flight.clear();
         self.local.given = state.commit.round;
         self.local.is_global = true;
+        Ok(())
+    }
+
+    /// Computes a gradient at other parameters than the engine's own, which come back as they were, and so does its optimiser.
+    fn witness(&mut self, question: &Question, answer: Answer<'_>) -> Result<(), TrainError> {
+        let Question { round, state_hash, parameters, samples } = question;
+        let whole = self.trainer.schema().whole();
+        let (digest, bounds) = self.surviving(|worker| {
+            let mut own = vec![0.0; whole.elements()];
+            worker.trainer.engine().read_fragment(&whole, &mut own)?;
+            worker.trainer.write(parameters)?;
+            let result = worker.trainer.gradient_digest(samples, round.0)?;
+            worker.trainer.write(&own)?;
+            Ok(result)
+        })?;
+        answer(Done::Witnessed { round: *round, state_hash: *state_hash, digest, bounds });
         Ok(())
     }
 

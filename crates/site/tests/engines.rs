@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helper may panic")]
 
+#[path = "engines/recompute.rs"]
+mod recompute;
 mod support;
 
 use base::{Hint, Round, RunConfig};

@@ -397,6 +397,38 @@ events! {
         /// How long it has taken when it was given up.
         seconds: f64,
     }
+    /// An inner step was made again, with the same result.
+    StepRecomputed = "step_recomputed" {
+        /// Who.
+        site: SiteId,
+        /// The round it belongs to.
+        round: Round,
+        /// Number of the inner step in the run, from 1.
+        step: u64,
+        /// Who made it again: `itself`, or `site` and a number.
+        by: String,
+        /// What that has cost, where it is known.
+        seconds: f64,
+    }
+    /// An inner step came out otherwise when it was made again: what the site has learnt since its last merge is left out.
+    StepMismatch = "step_mismatch" {
+        /// Who.
+        site: SiteId,
+        /// Engine and device.
+        engine: String,
+        /// The round it belongs to.
+        round: Round,
+        /// Number of the inner step in the run, from 1.
+        step: u64,
+        /// What differs: `loss`, `gradient norm`, `gradient` or `movement of the parameters`.
+        quantity: String,
+        /// By which part of it.
+        difference: f64,
+        /// By which part it may.
+        bound: f64,
+        /// Who made it again: `itself`, or `site` and a number.
+        by: String,
+    }
     /// A checkpoint is on stable storage.
     CheckpointSaved = "checkpoint_saved" {
         /// After this round.
@@ -527,6 +559,16 @@ impl Event {
             )),
             Self::EngineHung { site, engine, call, step, seconds } => told(format!(
                 "site {site}: engine {engine} did not come back from '{call}' at inner step {step} for {seconds:.0} s"
+            )),
+            Self::StepMismatch { site, engine, round, step, quantity, difference, bound, by } => Some((
+                format!(
+                    "site {site}: inner step {step} (round {round}) on {engine}, made again by {by}, gives another {quantity}: \
+                     {difference:.1e} apart, at most {bound:.1e} is noise; its work since the last merge is left out"
+                ),
+                Some(
+                    "run `beringia doctor` on that machine, and replace its device or memory if it happens again"
+                        .to_owned(),
+                ),
             )),
             _ => None,
         }

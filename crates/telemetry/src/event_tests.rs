@@ -41,7 +41,9 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         | Event::RoundClosed { .. }
         | Event::RoundAbandoned { .. }
         | Event::RolledBack { .. }
-        | Event::RunFinished { .. } => 33,
+        | Event::StepRecomputed { .. }
+        | Event::StepMismatch { .. }
+        | Event::RunFinished { .. } => 35,
     };
     let (site, round, term) = (SiteId(2), Round(3), Term(1));
     let events = vec![
@@ -150,6 +152,17 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::MicroBatchReduced { site, from_samples: 8, to_samples: 4, reason: "8 GiB wanted".to_owned() },
         Event::EngineRestarted { site, round, attempt: 1, reason: "signal 9".to_owned() },
         Event::EngineHung { site, engine: "wgpu:0".to_owned(), call: "inner step".to_owned(), step: 41, seconds: 45.5 },
+        Event::StepRecomputed { site, round, step: 41, by: "itself".to_owned(), seconds: 0.5 },
+        Event::StepMismatch {
+            site,
+            engine: "torch:cuda:0".to_owned(),
+            round,
+            step: 41,
+            quantity: "gradient norm".to_owned(),
+            difference: 0.25,
+            bound: 8e-5,
+            by: "site 1".to_owned(),
+        },
         Event::SiteLeft { site, reason: "SIGTERM".to_owned() },
         Event::RunFinished { verdict: "good".to_owned(), state_hash: hash("end"), rounds: 50, tokens: 2_000_000 },
     ];

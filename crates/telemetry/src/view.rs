@@ -231,6 +231,10 @@ pub struct RunView {
     pub checkpoint: Option<CheckpointView>,
     /// Times that a site's state was not the run's.
     pub divergences: u64,
+    /// Inner steps that were made again.
+    pub steps_recomputed: u64,
+    /// Those of them that came out otherwise.
+    pub step_mismatches: u64,
     /// How the run ended, in words.
     pub verdict: Option<String>,
     /// Sites by id, those that left included.
@@ -459,6 +463,9 @@ impl RunView {
     }
 
     fn apply_warnings(&mut self, unix_ms: u64, event: &Event) {
+        let is_wrong = matches!(event, Event::StepMismatch { .. });
+        self.steps_recomputed += u64::from(is_wrong || matches!(event, Event::StepRecomputed { .. }));
+        self.step_mismatches += u64::from(is_wrong);
         let Some((message, hint)) = event.warning() else { return };
         self.divergences += u64::from(matches!(event, Event::Diverged { .. }));
         self.warnings_total += 1;
@@ -510,6 +517,8 @@ impl RunView {
             "ledger": self.ledger,
             "checkpoint": self.checkpoint,
             "divergences": self.divergences,
+            "steps_recomputed": self.steps_recomputed,
+            "step_mismatches": self.step_mismatches,
             "verdict": self.verdict,
             "sites": self.sites.values().collect::<Vec<_>>(),
             "warnings": self.warnings,

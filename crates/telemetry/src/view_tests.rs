@@ -166,7 +166,8 @@ fn every_event_changes_the_view_it_should() {
         assert!(changed, "{} changes nothing", event.name());
     }
     assert_eq!(view.state, RunState::Finished);
-    assert_eq!((view.divergences, view.warnings_total), (1, 12));
+    assert_eq!((view.divergences, view.warnings_total), (1, 13));
+    assert_eq!((view.steps_recomputed, view.step_mismatches), (2, 1));
     assert_eq!(view.validation.as_ref().unwrap().bits_per_byte_start, 2.2);
     let json = view.to_json();
     assert_eq!(json["sites"][0]["state"], "left");

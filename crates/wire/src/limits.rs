@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 /// Version of the protocol this crate speaks. Both ends must speak the same one.
-pub const PROTOCOL_VERSION: u16 = 8;
+pub const PROTOCOL_VERSION: u16 = 9;
 
 /// No peer makes a holder send more slowly than this: 120 KB are sent before [`FETCH_STALL_SECONDS_MAX`] ends, and who asks for
 /// more at such a pace does not get it.

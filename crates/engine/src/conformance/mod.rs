@@ -8,7 +8,7 @@ mod golden;
 pub use golden::matches_transformers_and_adamw;
 
 use crate::numerics::{self, relative_distance};
-use crate::{Engine, EngineError, EngineState, Precision, initial_parameters};
+use crate::{Engine, EngineError, EngineState, Precision, StepBounds, initial_parameters};
 use base::config::{InnerOptimizer, TrainSection};
 use base::random::Random;
 use base::{Fragment, ModelShape, NamedTensors, TokenBatch};
@@ -117,6 +117,7 @@ pub fn run_all(factory: &Factory<'_>, expected: &Expectations) {
         future_tokens_change_nothing(factory, expected, &shape);
         fragments_round_trip(factory, &shape);
         restored_engine_continues(factory, expected, &shape);
+        a_step_made_again_is_the_same(factory, expected, &shape);
         training_lowers_the_loss(factory, &shape);
         steps_on_a_part_divide_by_the_joint_second_moment(factory, &shape);
     }
@@ -410,6 +411,32 @@ pub fn continues_elsewhere(
     steps(&mut *second, 4..8);
     let continued = expect_ok("save", second.save());
     assert_same_state(expected, "saved, restored and continued", &continued, &uninterrupted);
+}
+
+/// A step that is made again after a restore differs by no more than the engine says: a site that computes as it should is never accused
+/// of not doing so ([`crate::StepBounds`]).
+pub fn a_step_made_again_is_the_same(factory: &Factory<'_>, expected: &Expectations, shape: &ModelShape) {
+    let mut engine = factory(shape, &TrainSection::default(), &initial_parameters(shape, 21));
+    assert!(engine.is_repeatable() || !expected.repeatable, "it says that it is not repeatable");
+    let bounds = StepBounds::again(&*engine);
+    for step in 0..4 {
+        let batch = random_batch(shape, 4, 12, 120 + step);
+        let (state, before) = (expect_ok("save", engine.save()), parameters_of(&mut *engine));
+        let mut make = || {
+            let report = expect_ok("inner_step", engine.inner_step(&batch, 1e-2));
+            let moved = parameters_of(&mut *engine).iter().zip(&before).map(|(after, before)| after - before).collect();
+            expect_ok("restore", engine.restore(&state));
+            (report, moved)
+        };
+        let ((first, moved), (again, moved_again)): ((_, Vec<f32>), (_, Vec<f32>)) = (make(), make());
+        let loss = (again.loss_nats - first.loss_nats).abs() / first.loss_nats;
+        let norm = (again.gradient_norm - first.gradient_norm).abs() / first.gradient_norm;
+        let movement = relative_distance(&moved_again, &moved);
+        assert!(loss <= bounds.loss, "loss: {loss:.1e} apart");
+        assert!(norm <= bounds.gradient, "gradient norm: {norm:.1e} apart");
+        assert!(movement <= bounds.movement, "movement: {movement:.1e} apart");
+        expect_ok("inner_step", engine.inner_step(&batch, 1e-2));
+    }
 }
 
 fn assert_same_state(expected: &Expectations, what: &str, found: &EngineState, wanted: &EngineState) {

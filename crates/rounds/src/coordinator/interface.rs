@@ -5,6 +5,7 @@ use crate::codec::FragmentCodec;
 use crate::exchange::{Travelling, may_be_sharded};
 use crate::ledger::{Ledger, LedgerTotals};
 use crate::plan::{Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan, SiteDevice};
+use crate::recompute::StepVerdict;
 use crate::schedule::lookahead;
 use base::config::SyncSection;
 use base::{ContentHash, ParameterSchema, Round, RunConfig, SiteId, Term};
@@ -23,6 +24,8 @@ pub struct Settings {
     pub steps_per_round: u64,
     /// Inner steps of the run.
     pub steps_total: u64,
+    /// What is drawn at random follows from it.
+    pub seed: u64,
     /// Rounds, overlap, codec, quorum and grace.
     pub sync: SyncSection,
     /// What is cut into fragments: the size of every delta follows from it.
@@ -38,6 +41,7 @@ impl Settings {
             sequence_length: config.data.sequence_length as u64,
             steps_per_round: config.steps_per_round(),
             steps_total: config.train.steps,
+            seed: config.run.seed,
             sync: config.sync.clone(),
             schema: config.schema(),
         }
@@ -260,6 +264,19 @@ pub enum Note {
         reason: Lateness,
         /// How long the round had waited, seconds.
         waited_seconds: f64,
+    },
+    /// A step was recomputed, by its site or by others as well.
+    StepRecomputed {
+        /// Who.
+        site: SiteId,
+        /// Its engine and device.
+        engine: String,
+        /// In which round.
+        round: Round,
+        /// The other site that has recomputed it; itself where there is none.
+        by: Option<SiteId>,
+        /// What came of it.
+        verdict: StepVerdict,
     },
     /// All sites hold the same state.
     Agreed {

@@ -14,6 +14,8 @@
 //!
 //! Deltas that a commit names may be lost with their last holder before all have merged them: [`regroup`] finds what can be gone on with.
 //!
+//! A site whose step came out otherwise when it was made again begins anew without what it had not given ([`recompute`]).
+//!
 //! Where settings are adaptive, rounds follow the links that sites measure on their traffic ([`tuning`]).
 //!
 //! It never touches a tensor: it compares hashes.
@@ -22,7 +24,9 @@ mod away;
 mod ending;
 mod grace;
 mod interface;
+mod newcomers;
 mod open_round;
+mod recompute;
 mod reduction;
 mod regroup;
 mod sharded;
@@ -33,9 +37,13 @@ pub use interface::{Command, Committed, Event, Lateness, Note, Record, Settings}
 use crate::adaptive::Choice;
 use crate::exchange::PARTS_MAX;
 use crate::ledger::Ledger;
-use crate::plan::{Assignment, Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan};
+use crate::plan::{
+    Assignment, Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan, SiteDevice,
+};
+use crate::recompute::Checks;
 use crate::schedule::{self, Effects, fragment_of, lookahead};
 use crate::shares::{Speed, follow, portions};
+use crate::witness::Answer;
 use away::Away;
 use base::config::SyncSection;
 use base::{ContentHash, Round, SiteId, Term};
@@ -68,6 +76,8 @@ struct Owed {
 #[derive(Debug, Clone)]
 struct Site {
     peer: Peer,
+    /// What it computes on, as far as it has said.
+    device: SiteDevice,
     /// The state it says it holds; `None` before it is ready, and while it fetches one.
     held: Option<(Round, ContentHash)>,
     /// It takes part: from the state of this round on it has been sent every commit.
@@ -103,6 +113,7 @@ impl Site {
         let (speed, applied, placed_at) = (Speed::new(1.0), Round(0), Round(0));
         Self {
             peer,
+            device: SiteDevice::default(),
             held: None,
             since: None,
             placed_at,
@@ -143,6 +154,7 @@ pub struct Coordinator {
     phase: Phase,
     grace: Grace,
     exchanges: Exchanges,
+    checks: Checks,
     /// Rounds at the end of the run, planned or committed, in which nobody trains.
     flushes: u32,
     started: bool,
@@ -217,6 +229,7 @@ impl Coordinator {
             phase: Phase::Working,
             grace: Grace::default(),
             exchanges: Exchanges::default(),
+            checks: Checks::default(),
             flushes: 0,
             started: false,
             attempt: 1,
@@ -341,7 +354,19 @@ impl Coordinator {
             Report::Applied { round, state_hash } => self.applied(site, round, state_hash, commands),
             Report::Leave { reason } => self.remove(site, reason, commands),
             Report::Measured { round, measurement } => self.measured(site, round, &measurement, commands),
-            Report::Device(device) => commands.push(Command::Note(Note::SiteDevice { site, device: device.clipped() })),
+            Report::Recomputed { round, attempt, verdict } => {
+                self.recomputed(site, (round, attempt), &verdict, commands);
+            }
+            Report::Witnessed { round, state_hash, digest, bounds } => {
+                self.witnessed(site, round, Answer { state_hash, digest, bounds }, commands);
+            }
+            Report::Device(device) => {
+                let device = device.clipped();
+                if let Some(known) = self.sites.get_mut(&site) {
+                    known.device.clone_from(&device);
+                }
+                commands.push(Command::Note(Note::SiteDevice { site, device }));
+            }
         }
     }
 
@@ -454,7 +479,7 @@ impl Coordinator {
         }
         self.away.left(id, reason, self.weight(id), self.last().commit.round);
         commands.push(Command::Note(Note::SiteLeft { site: id, reason }));
-        self.withdraw(id, reason == LeaveReason::Diverged);
+        self.withdraw(id, matches!(reason, LeaveReason::Diverged | LeaveReason::StepsDiffer));
         self.tell_peers(commands);
     }
 
@@ -586,137 +611,6 @@ impl Coordinator {
         }
     }
 
-    /// Lets sites take part that hold a state from which they can follow, and sends the others to fetch one.
-    fn place_newcomers(&mut self, commands: &mut Vec<Command>) {
-        if self.started && self.open.is_empty() && self.current().is_empty() {
-            self.started = false;
-        }
-        if !self.started {
-            if !self.is_gathered() && !self.is_over_for_somebody() {
-                return;
-            }
-            (self.started, self.gathering_ticks) = (true, Some(0));
-            self.roll_back_to_what_is_held(commands);
-            self.started_at = self.last().commit.round;
-        }
-        let waiting: Vec<(SiteId, (Round, ContentHash))> = self
-            .sites
-            .iter()
-            .filter(|(_, site)| site.since.is_none())
-            .filter_map(|(id, site)| site.held.map(|held| (*id, held)))
-            .collect();
-        for (id, (round, state_hash)) in &waiting {
-            if self.can_follow_from(*round, *state_hash) {
-                self.place(*id, *round, commands);
-            }
-        }
-        if self.is_lost() {
-            // Nobody knows yet which state the run goes on from.
-            return;
-        }
-        let from = self.current();
-        let settled = self.history.iter().rev().find_map(|committed| Some((&committed.commit, committed.state_hash?)));
-        let Some((commit, state_hash)) = settled.filter(|_| !from.is_empty()) else { return };
-        for (id, site) in self.sites.iter_mut().filter(|(_, site)| site.since.is_none()) {
-            // Asked once; it reports `Ready` again when it has the state, or when it could not get it.
-            if site.held.take().is_some() {
-                site.is_fetching = true;
-                let directive = Directive::FetchState { commit: commit.clone(), state_hash, from: from.clone() };
-                commands.push(Command::Send(*id, directive));
-            }
-        }
-    }
-
-    /// Every step is done, and a site that holds the last state has not been told so: the others have been, before this
-    /// coordinator was started again, and will not come back.
-    fn is_over_for_somebody(&self) -> bool {
-        let Committed { commit, state_hash, .. } = self.last();
-        let holds_it =
-            |site: &Site| site.held.is_some_and(|(round, hash)| (round, Some(hash)) == (commit.round, *state_hash));
-        self.is_over() && self.sites.values().any(holds_it)
-    }
-
-    /// Every step is done, and all sites agreed on the last state.
-    fn is_over(&self) -> bool {
-        let Committed { commit, state_hash, .. } = self.last();
-        let is_done =
-            commit.step >= self.settings.steps_total && self.flushes_committed() + 1 >= self.settings.sync.fragments;
-        is_done && state_hash.is_some()
-    }
-
-    /// Whether the deltas of all commits after that state can still be fetched from some site.
-    fn can_follow_from(&self, round: Round, state_hash: ContentHash) -> bool {
-        let last = self.last().commit.round;
-        let known = self.history.iter().rev().find(|committed| committed.commit.round == round);
-        // A site may say that it holds a round that this log has not got.
-        let behind = last.0.checked_sub(round.0);
-        let near = behind.is_some_and(|behind| behind <= self.rounds_kept() / 2);
-        let kept = round == last || (round >= self.started_at && near);
-        let is_known = known.is_some_and(|committed| committed.state_hash == Some(state_hash));
-        kept && is_known && self.can_catch_up_from(round)
-    }
-
-    /// Tells a site that becomes current what it must follow: commits since its state, then the rounds that are open, in which it
-    /// has no part.
-    fn place(&mut self, id: SiteId, round: Round, commands: &mut Vec<Command>) {
-        let last = self.last().commit.round;
-        let Some(site) = self.sites.get_mut(&id) else { return };
-        (site.since, site.placed_at, site.applied) = (Some(round), last, round);
-        let newer = self.history.iter().filter(|committed| committed.commit.round > round);
-        commands.extend(newer.map(|committed| Command::Send(id, Directive::Commit(committed.commit.clone()))));
-        for open in &self.open {
-            let mut plan = open.plan.clone();
-            // What it delivered before it left and came back still counts, but is not to be done again.
-            plan.assignments.retain(|assignment| assignment.site != id);
-            commands.push(Command::Send(id, Directive::Begin(plan)));
-            match &open.reduction {
-                None => {
-                    let ready = open.deliveries.keys().map(|from| Command::Send(id, Self::delta_ready(open, *from)));
-                    commands.extend(ready);
-                }
-                Some(reduction) => {
-                    let (term, round) = (open.plan.term, open.plan.round);
-                    let ready = reduction.merged().into_iter().map(|part| Directive::PartReady { term, round, part });
-                    commands.extend(ready.map(|ready| Command::Send(id, ready)));
-                }
-            }
-        }
-    }
-
-    fn roll_back_to_what_is_held(&mut self, commands: &mut Vec<Command>) {
-        let from = self.last().commit.round;
-        let is_held = |committed: &&Committed| {
-            self.sites.values().filter_map(|site| site.held).any(|(round, hash)| {
-                // A commit whose state nobody had confirmed when the coordinator stopped is settled by who holds it.
-                committed.commit.round == round && committed.state_hash.is_none_or(|known| known == hash)
-            })
-        };
-        let newest = self.history.iter().rev().find(is_held);
-        let to = newest.map_or(Round(0), |committed| committed.commit.round);
-        if to < from {
-            self.history.retain(|committed| committed.commit.round <= to);
-            self.told_over = None;
-            self.go_on_from_last();
-            // Rounds will be committed again under the same numbers: the new term tells them apart.
-            self.term = Term(self.term.0 + 1);
-            commands.push(Command::Persist(Record::RolledBack { to }));
-            commands.push(Command::Persist(Record::TermStarted { term: self.term }));
-            commands.push(Command::Note(Note::RolledBack { from, to }));
-        }
-        self.votes.clear();
-        if self.last().state_hash.is_none() {
-            let held: Vec<_> = self.sites.values().filter_map(|site| site.held).collect();
-            if let Some((round, state_hash)) = held.into_iter().find(|(round, _)| *round == to) {
-                if let Some(last) = self.history.last_mut() {
-                    last.state_hash = Some(state_hash);
-                }
-                commands.push(Command::Persist(Record::StateHash { round, state_hash }));
-            }
-        }
-        // Nobody can be asked any more what an older one was.
-        self.history.retain(|committed| committed.state_hash.is_some());
-    }
-
     /// Deliveries that are enough for an open round, how long it has waited since so many came, and whether that was long enough.
     fn patience(&mut self, index: usize, now: f64) -> (usize, f64, bool) {
         let SyncSection { quorum, grace_seconds, .. } = self.settings.sync;
@@ -778,6 +672,7 @@ impl Coordinator {
         let committed = Committed { commit: commit.clone(), ledger: self.ledger.clone(), state_hash: None };
         commands.push(Command::Persist(Record::Committed(Box::new(committed.clone()))));
         self.history.push(committed);
+        self.ask_witnesses(&open.plan, commands);
         let current = self.current();
         commands.extend(current.into_iter().map(|site| Command::Send(site, Directive::Commit(commit.clone()))));
         let (seconds, totals) = (now - open.began, self.ledger.totals());
@@ -874,8 +769,9 @@ impl Coordinator {
         }
         let (term, attempt, effects) = (self.term, self.attempt, self.effects(round));
         let parts = self.parts(round, fragment, &current, commands);
-        let plan =
-            RoundPlan { term, round, attempt, first_step: planned_steps, steps, fragment, effects, assignments, parts };
+        let check = self.check((term, round, attempt), &assignments);
+        let first_step = planned_steps;
+        let plan = RoundPlan { term, round, attempt, first_step, steps, fragment, effects, assignments, parts, check };
         self.open_round(plan, &current, now, commands);
         true
     }

@@ -170,8 +170,8 @@ mod tests {
         let assignments = (0..sites).map(assign).collect();
         let effects = effects(Round(1), 2, 0);
         let (term, round, parts) = (Term(1), Round(1), Vec::new());
-        let plan =
-            RoundPlan { term, round, attempt: 1, first_step: 0, steps: 2, fragment, effects, assignments, parts };
+        let (attempt, first_step, steps, check) = (1, 0, 2, None);
+        let plan = RoundPlan { term, round, attempt, first_step, steps, fragment, effects, assignments, parts, check };
         OpenRound::new(plan, 4, 0.0, 10.0, 0.0)
     }
 

@@ -75,7 +75,7 @@ impl Coordinator {
                 // Whoever has the last state has left with it: the run is over.
                 true if is_over && all_are => self.drop_site(id, LeaveReason::DeltasMissing, commands),
                 // All together, once the run is lost for long enough.
-                true if !all_are => self.recall(id, commands),
+                true if !all_are => self.recall(id, false, commands),
                 _ => {}
             }
         }
@@ -96,13 +96,15 @@ impl Coordinator {
         }
     }
 
-    /// Takes a site out of the run until it has said anew what it holds.
-    fn recall(&mut self, id: SiteId, commands: &mut Vec<Command>) {
+    /// Takes a site out of the run until it has said anew what it holds. What it has delivered to everybody still counts, unless it is
+    /// distrusted.
+    pub(super) fn recall(&mut self, id: SiteId, distrusted: bool, commands: &mut Vec<Command>) {
         let Some(site) = self.sites.get(&id) else { return };
         let (number, heard) = (site.recalls + 1, site.heard);
-        let anew = Site { recalls: number, is_recalled: true, ..Site::new(site.peer.clone(), heard) };
+        let (device, anew) = (site.device.clone(), Site::new(site.peer.clone(), heard));
+        let anew = Site { device, recalls: number, is_recalled: true, ..anew };
         self.sites.insert(id, anew);
-        self.withdraw(id, false);
+        self.withdraw(id, distrusted);
         commands.push(Command::Send(id, Directive::Recall { number }));
     }
 
@@ -111,7 +113,7 @@ impl Coordinator {
         commands.push(Command::Note(Note::Regrouped { round: self.last().commit.round }));
         self.abandon_open();
         for site in self.current() {
-            self.recall(site, commands);
+            self.recall(site, false, commands);
         }
         (self.started, self.lost_ticks, self.gathering_ticks) = (false, 0, Some(0));
     }

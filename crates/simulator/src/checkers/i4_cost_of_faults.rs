@@ -12,11 +12,13 @@ use rounds::coordinator::Record;
 pub(super) struct CostOfFaults {
     /// The newest state that each machine holds, in a process or on its disk.
     held: Vec<Round>,
+    /// No machine computes anything wrong.
+    are_sound: bool,
 }
 
 impl CostOfFaults {
     pub(super) fn new(scenario: &Scenario) -> Self {
-        Self { held: vec![Round(0); scenario.speeds.len()] }
+        Self { held: vec![Round(0); scenario.speeds.len()], are_sound: scenario.miscomputes == 0.0 }
     }
 
     fn rolled_back(&self, to: Round) -> Result<(), String> {
@@ -48,6 +50,9 @@ impl Checker for CostOfFaults {
             }
             Observation::SiteLeft(site, reason) if reason == "misbehaved" => {
                 return Err(format!("honest site {site} was dropped because it misbehaved"));
+            }
+            Observation::SiteLeft(site, reason) if reason == "steps_differ" && self.are_sound => {
+                return Err(format!("site {site} was dropped for its steps, and its machine is sound"));
             }
             Observation::Refuses { machine, why, is_replaced: false } => {
                 return Err(format!("machine {machine} refuses the coordinator that leads: {why}"));

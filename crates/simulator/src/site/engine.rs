@@ -82,11 +82,8 @@ impl Engine {
     }
 
     fn step(&mut self, positions: &[u64]) {
-        let scale = 1.0 / positions.len().max(1) as f32;
-        for (index, value) in self.local.iter_mut().enumerate() {
-            let target: f32 = positions.iter().map(|position| target(*position, index)).sum::<f32>() * scale;
-            *value -= LEARNING_RATE * (DECAY * *value - target);
-        }
+        let gradient = gradient(&self.local, positions);
+        self.local.iter_mut().zip(gradient).for_each(|(value, gradient)| *value -= LEARNING_RATE * gradient);
     }
 
     /// The fragment's parameters, and what was trained in the round.
@@ -124,6 +121,13 @@ impl Engine {
         self.given = round;
         self.work = (Round(0), Progress::default());
     }
+}
+
+/// Of the samples at these positions.
+pub(crate) fn gradient(parameters: &[f32], positions: &[u64]) -> Vec<f32> {
+    let scale = 1.0 / positions.len().max(1) as f32;
+    let mean = |index| positions.iter().map(|position| target(*position, index)).sum::<f32>() * scale;
+    parameters.iter().enumerate().map(|(index, value)| DECAY * value - mean(index)).collect()
 }
 
 /// In -0.5..0.5.

@@ -108,6 +108,7 @@ impl SiteProcess {
     fn welcomed(&mut self, id: ConnectionId, site: SiteId, disk: &mut SiteDisk, around: &mut Around) {
         let calls = self.line.calls;
         self.line = Line { connection: Some(id), newest: Some(id), calls, pause_seconds: 0.0, heard: around.now };
+        self.present(around);
         match self.site {
             None => {
                 self.site = Some(site);

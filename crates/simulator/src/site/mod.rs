@@ -7,6 +7,7 @@ mod engine;
 mod fetch;
 mod host;
 mod line;
+mod recompute;
 mod sharded;
 mod state;
 
@@ -27,7 +28,8 @@ use host::{Host, HostJob, Merged, Progress};
 use line::Line;
 use rounds::plan::LeaveReason;
 use rounds::{
-    Commit, Contribution, Contributor, FragmentPlan, Member, MemberCommand, MemberEvent, Peer, Report, Settings,
+    Commit, Contribution, Contributor, FragmentPlan, Member, MemberCommand, MemberEvent, Peer, Report, SampleRange,
+    Settings,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -168,6 +170,8 @@ pub(crate) struct SiteProcess {
     parts: BTreeMap<(Round, SiteId), Arc<[u8]>>,
     merged: BTreeMap<Round, Merged>,
     fetches: Fetches,
+    /// Samples whose gradient is wanted at the global parameters after that round.
+    witness: Option<(Round, Vec<SampleRange>)>,
     ending: Option<Ending>,
     fate: SiteFate,
 }
@@ -202,6 +206,7 @@ impl SiteProcess {
             parts: BTreeMap::new(),
             merged: BTreeMap::new(),
             fetches: Fetches::default(),
+            witness: None,
             ending: None,
             fate: SiteFate::Alive,
         };
@@ -344,6 +349,7 @@ impl SiteProcess {
             MemberCommand::FetchPart { round, fragment, part } => {
                 self.fetch_of_round(Key::Part { round, fragment, part }, around);
             }
+            MemberCommand::Witness { round, samples } => self.witness = Some((round, samples)),
             MemberCommand::Merge(commit) => self.merge(commit, around),
             MemberCommand::Finish { .. } => self.end(SiteFate::Over, around),
             MemberCommand::Quit(LeaveReason::Stopped | LeaveReason::Finished) => self.end(SiteFate::Over, around),
@@ -445,7 +451,13 @@ impl SiteProcess {
                 if generation == self.generation {
                     let samples: u64 = steps.clone().map(|index| assignment.step_samples(index)).sum();
                     let tokens = samples * self.settings.sequence_length;
-                    self.engine.train(&plan, &assignment, steps, Progress { tokens, compute_seconds: seconds });
+                    let verdict = self.verdict(&plan, &assignment, &steps, around);
+                    if verdict.is_none_or(|verdict| verdict.mismatch.is_none()) {
+                        self.engine.train(&plan, &assignment, steps, Progress { tokens, compute_seconds: seconds });
+                    }
+                    if let Some(verdict) = verdict {
+                        self.recomputed(&plan, verdict, disk, around);
+                    }
                 }
             }
             Job::Snapshot { plan, generation } => {
@@ -523,6 +535,7 @@ impl SiteProcess {
                 self.merged.insert(round, merged);
                 self.forget_through(round, fragment);
                 around.observe(Observation::Merged { machine: self.machine, commit, state_hash });
+                self.witness(around);
                 self.feed(MemberEvent::Merged { round, state_hash }, disk, around);
             }
             HostJob::Install { commit, bytes } => self.install(commit, &bytes, disk, around),

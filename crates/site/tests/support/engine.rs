@@ -31,6 +31,8 @@ pub(crate) enum Trouble {
     NotFiniteLoss,
     /// Its parameters become such.
     NotFiniteParameters,
+    /// One bit of one of them is another.
+    FlippedBit,
     /// The call does not come back unless it is interrupted.
     Hang,
     /// The engine is gone until it is recovered.
@@ -68,6 +70,8 @@ pub(crate) struct TestEngine {
     interrupted: Arc<Mutex<Receiver<()>>>,
     interrupt: Sender<()>,
     interruptible: bool,
+    /// By which factor each of its gradients is wrong.
+    bias: f32,
     /// How often it was started again, and how often interrupted.
     pub(crate) recoveries: Arc<AtomicUsize>,
     pub(crate) interruptions: Arc<AtomicUsize>,
@@ -96,6 +100,7 @@ impl TestEngine {
             interrupted: Arc::new(Mutex::new(interrupted)),
             interrupt,
             interruptible: true,
+            bias: 1.0,
             recoveries: Arc::default(),
             interruptions: Arc::default(),
         }
@@ -109,6 +114,12 @@ impl TestEngine {
     /// One that goes on with its own micro-batch, whatever it is told.
     pub(crate) fn stubborn(mut self) -> Self {
         self.obeys = false;
+        self
+    }
+
+    /// One that computes the same wrong gradient each time.
+    pub(crate) fn biased(mut self, factor: f32) -> Self {
+        self.bias = factor;
         self
     }
 
@@ -165,9 +176,9 @@ impl TestEngine {
         StepReport { loss_nats, tokens: batch.predicted_tokens(), gradient_norm: 1.0, seconds: 1e-3, joules: None }
     }
 
-    fn push(batch: &TokenBatch) -> f32 {
+    fn push(&self, batch: &TokenBatch) -> f32 {
         let sum: u64 = batch.tokens.iter().map(|token| u64::from(*token)).sum();
-        sum as f32 / batch.tokens.len() as f32 / 1_000.0
+        self.bias * (sum as f32 / batch.tokens.len() as f32 / 1_000.0)
     }
 }
 
@@ -191,7 +202,7 @@ impl Engine for TestEngine {
     fn inner_step(&mut self, batch: &TokenBatch, learning_rate: f64) -> Result<StepReport, EngineError> {
         let trouble = self.call(Method::InnerStep)?;
         self.fits(self.micro_batch_samples.min(batch.samples))?;
-        let push = Self::push(batch);
+        let push = self.push(batch);
         let State { parameters, momentum, steps } = &mut self.state;
         for (parameter, momentum) in parameters.iter_mut().zip(momentum) {
             *momentum = 0.9 * *momentum + 0.01 * *parameter + push;
@@ -201,13 +212,16 @@ impl Engine for TestEngine {
         if trouble == Some(Trouble::NotFiniteParameters) {
             parameters[7] = f32::INFINITY;
         }
+        if trouble == Some(Trouble::FlippedBit) {
+            parameters[7] = f32::from_bits(parameters[7].to_bits() ^ 1 << 9);
+        }
         let loss_nats = if trouble == Some(Trouble::NotFiniteLoss) { f64::NAN } else { f64::from(push) };
         Ok(Self::report(batch, loss_nats))
     }
 
     fn gradient(&mut self, batch: &TokenBatch, gradient: &mut [f32]) -> Result<StepReport, EngineError> {
         self.fits(self.micro_batch_samples.min(batch.samples))?;
-        let push = Self::push(batch);
+        let push = self.push(batch);
         for (gradient, parameter) in gradient.iter_mut().zip(&self.state.parameters) {
             *gradient = 0.01 * parameter + push;
         }
@@ -275,6 +289,10 @@ impl Engine for TestEngine {
         if self.obeys {
             self.micro_batch_samples = samples;
         }
+    }
+
+    fn is_repeatable(&self) -> bool {
+        true
     }
 
     fn operation(&mut self, operation: &Operation) -> Result<Vec<f32>, EngineError> {

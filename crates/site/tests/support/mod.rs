@@ -89,6 +89,8 @@ fn settings(vocab_size: usize) -> RunConfig {
     config.sync.sites = 2;
     config.sync.shares = vec![1.0, 1.0];
     config.sync.inner_steps = 4;
+    // Calls of the engine are counted.
+    config.sync.recompute_share = 0.0;
     config.evaluate.samples_max = 4;
     config.evaluate.sample_tokens = 0;
     config.evaluate.every_rounds = 2;
