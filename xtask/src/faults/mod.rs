@@ -61,7 +61,8 @@ fn see(figures: &Path) -> Result<Seen, Failure> {
     let mut suites: BTreeMap<Suite, BTreeSet<&str>> = BTreeMap::new();
     for proof in proofs() {
         // Library tests of all packages run together.
-        let suite = Suite { package: if proof.suite.target.is_some() { proof.suite.package } else { "lib" }, ..proof.suite };
+        let suite =
+            Suite { package: if proof.suite.target.is_some() { proof.suite.package } else { "lib" }, ..proof.suite };
         suites.entry(suite).or_default().insert(proof.test);
     }
     let mut seen = Seen::default();
