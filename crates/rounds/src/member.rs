@@ -344,7 +344,7 @@ impl Member {
 
     fn follow(&mut self, directive: Directive, commands: &mut Vec<MemberCommand>) -> Result<(), ProtocolError> {
         match directive {
-            Directive::Peers(peers) => commands.push(MemberCommand::Peers(peers)),
+            Directive::Peers(peers) => commands.push(MemberCommand::Peers(peers.to_vec())),
             Directive::FetchState { commit, state_hash, from } => {
                 self.fetching_state = true;
                 commands.push(MemberCommand::Abandon);
