@@ -15,6 +15,7 @@ mod bench_engine;
 #[cfg(target_os = "linux")]
 mod bench_link;
 mod bench_mixed;
+mod bench_plan;
 mod chart;
 mod faults;
 mod finding;
@@ -74,6 +75,8 @@ enum Bench {
     Curves(Box<bench_curves::Options>),
     /// Gbit/s that models of 1B to 100B need for 50 to 99 % utilisation, with steps that sleep, beside a published table. Needs root
     Emulated(Box<bench_emulated::Options>),
+    /// Plans a second of small clusters, and time and memory of the plan of 100,000 devices
+    Plan(bench_plan::Options),
     /// Beringia beside PyTorch DDP, torchft and hivemind over a thin link: speed, bytes, loss. Needs root
     Wan(Box<wan::Options>),
 }
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         Task::Bench(Bench::Emulated(options)) => {
             bench_emulated::run(&options).map_err(|error| (error.to_string(), None))
         }
+        Task::Bench(Bench::Plan(options)) => bench_plan::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Wan(options)) => wan::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Diloco(options)) => bench_diloco::run(&options).map_err(|error| (error.to_string(), None)),
     };

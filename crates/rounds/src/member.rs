@@ -372,7 +372,7 @@ impl Member {
 
     fn follow(&mut self, directive: Directive, commands: &mut Vec<MemberCommand>) -> Result<(), ProtocolError> {
         match directive {
-            Directive::Peers(peers) => commands.push(MemberCommand::Peers(peers)),
+            Directive::Peers(peers) => commands.push(MemberCommand::Peers(peers.to_vec())),
             Directive::FetchState { commit, .. } if commit.round > ROUND_MAX => {
                 return Err(self.refuse(format!("the state of round {}", commit.round)));
             }

@@ -9,6 +9,7 @@ use crate::shares::step_samples;
 use base::config::Codec;
 use base::{ContentHash, Round, SiteId, Term};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// A site as the others see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -225,11 +226,27 @@ impl Commit {
     }
 }
 
+/// A shared list is written as any other.
+mod shared {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::sync::Arc;
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(list: &Arc<[T]>, serializer: S) -> Result<S::Ok, S::Error> {
+        list.as_ref().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Arc<[T]>, D::Error> {
+        Vec::<T>::deserialize(deserializer).map(Arc::<[T]>::from)
+    }
+}
+
 /// From the coordinator to a site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Directive {
-    /// Everybody who takes part now.
-    Peers(Vec<Peer>),
+    /// Everybody who takes part now. Shared: a coordinator says the same to all.
+    Peers(#[serde(with = "shared")] Arc<[Peer]>),
     /// Take the global state of a committed round from one of these sites.
     FetchState {
         /// The commit that made the state; its term, round and cursor are part of the hash.

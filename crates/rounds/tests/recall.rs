@@ -109,7 +109,7 @@ fn a_state_that_is_on_its_way_is_waited_for() {
         site.told(Directive::FetchState { commit: commit(5), state_hash: AFTER, from });
         assert!(answers(&site.happens(MemberEvent::Reconnected)).is_empty());
         assert_eq!(answers(&site.happens(event)), [(round, 0)], "once");
-        assert!(answers(&site.told(Directive::Peers(Vec::new()))).is_empty());
+        assert!(answers(&site.told(Directive::Peers([].into()))).is_empty());
     }
 }
 

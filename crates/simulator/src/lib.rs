@@ -7,12 +7,15 @@
 //!
 //! A run has a phase of faults, drawn from the seed; then all are mended, and it must heal, go on and end. While it runs, the
 //! [`checkers`] watch what can be seen of it. The same seed and options give the same run, to the last bit.
+//!
+//! [`fleet`] is leaner and larger: months of sites that a plan describes, for how much of their time becomes tokens.
 
 mod around;
 pub mod checkers;
 mod coordinator_node;
 mod disk;
 mod faults;
+pub mod fleet;
 mod network;
 mod options;
 mod queue;

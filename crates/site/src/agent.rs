@@ -604,7 +604,7 @@ impl Agent {
     async fn feed(&mut self, event: MemberEvent) -> Result<(), AgentError> {
         let Some(member) = &mut self.member else {
             if let MemberEvent::Directive(Directive::Peers(peers)) = event {
-                self.shelf.set_peers(peers);
+                self.shelf.set_peers(peers.to_vec());
             } else if let MemberEvent::Directive(Directive::Recall { number }) = event {
                 self.recall = number;
             } else if let MemberEvent::Directive(Directive::Finish { .. } | Directive::Dropped { .. }) = event {

@@ -1,4 +1,9 @@
 //! `beringia simulate`: whole runs in virtual time, with faults drawn from a seed, until an invariant does not hold.
+//!
+//! With `--plan`, a month of the sites of a plan ([`fleet`]); with `--crowd`, the coordinator's decisions alone ([`crowd`]).
+
+mod crowd;
+mod fleet;
 
 use crate::failure::Failure;
 use crate::output::Output;
@@ -38,6 +43,11 @@ pub(crate) struct Args {
     /// Put a known bug in, to see it caught.
     #[arg(long, value_name = "BUG", hide = true)]
     sabotage: Option<Sabotage>,
+    #[command(flatten)]
+    fleet: fleet::FleetArgs,
+    /// Time the decisions of a coordinator of so many sites, and tell its memory.
+    #[arg(long, value_name = "SITES", conflicts_with_all = ["plan", "seeds", "seed", "sites", "minutes", "sabotage"], value_parser = clap::value_parser!(u32).range(2..=100_000))]
+    crowd: Option<u32>,
 }
 
 /// The command's report.
@@ -73,6 +83,13 @@ fn parse_seed(text: &str) -> Result<u64, ParseIntError> {
 
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
+    if let Some(sites) = args.crowd {
+        crowd::run(sites, output);
+        return Ok(());
+    }
+    if let Some(plan) = &args.fleet.plan {
+        return fleet::run(plan, &args.fleet, args.seed.unwrap_or_else(fresh_seed), output);
+    }
     if args.minutes.is_some_and(|minutes| !(minutes > 0.0 && minutes <= 10_000.0)) {
         return Err(Failure::new("--minutes must be above 0 and at most 10000", "beringia simulate --minutes 3"));
     }

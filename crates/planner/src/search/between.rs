@@ -62,6 +62,11 @@ pub struct Way {
 }
 
 impl Way {
+    /// Encoding and decoding, bytes of f32 a second: f32 and bf16 travel as they are.
+    pub fn coding(&self) -> BytesPerSecond {
+        if self.bits < 16 { CODING } else { BytesPerSecond(f64::INFINITY) }
+    }
+
     /// In words: strategy, H, fragments, overlap, bits, exchange.
     pub fn describe(&self) -> String {
         let exchange = if self.exchange == Exchange::Ring { ", sharded" } else { "" };
@@ -162,8 +167,7 @@ fn round_case(task: &Task, sites: usize, step: Seconds, wan: Wan, way: Way) -> R
         },
         exchange: way.exchange,
         hiding: Hiding::Snapshot,
-        // f32 and bf16 travel as they are.
-        coding: if sites > 1 && way.bits < 16 { CODING } else { BytesPerSecond(f64::INFINITY) },
+        coding: if sites > 1 { way.coding() } else { BytesPerSecond(f64::INFINITY) },
     }
 }
 

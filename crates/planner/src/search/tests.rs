@@ -119,6 +119,8 @@ fn a_model_that_fits_nowhere_says_by_how_much_and_what_would_do() {
     let needed = devices_needed.unwrap();
     assert!(error.hint().unwrap().contains(&format!("{needed} devices (it has 8)")), "{:?}", error.hint());
     assert!(fastest(&task(), &[site(&catalogue, "A100 40GB", needed)], 10.0).is_ok());
+    // The smallest change that would do.
+    assert!(fastest(&task(), &[site(&catalogue, "A100 40GB", needed - 1)], 10.0).is_err());
 }
 
 #[test]
@@ -307,6 +309,56 @@ mod properties {
             let mut third = sites.to_vec();
             third.push(named("third", site(&catalogue, "A100", 64)));
             prop_assert!(best(&task, &third, gigabits) <= now * (1.0 + 1e-9), "sites");
+        }
+
+        #[test]
+        fn one_better_link_access_or_device_never_makes_a_slower_plan(
+            gigabits in 0.01..20.0_f64,
+            more in 1.0..8.0_f64,
+            (delay, loss, streams) in (0.0..0.2_f64, 0.0..0.02_f64, 1_u32..64),
+            extra in 1_u32..40,
+        ) {
+            let catalogue = Catalogue::built_in();
+            let task = Task { shape: shape(24.0, 2048.0), global_batch: 512, tokens: 3e10 };
+            let narrow = Some(BitsPerSecond::from_gigabits(gigabits));
+            let mixed = SiteSpec {
+                groups: vec![
+                    Group { device: catalogue.find("A100").unwrap(), devices: 16 },
+                    Group { device: catalogue.find("H100").unwrap(), devices: 16 },
+                ],
+                ..named("mixed", site(&catalogue, "A100", 16))
+            };
+            let limited = Tariff { power_limit: Some(Watts(20e3)), ..Tariff::default() };
+            let sites = [
+                mixed,
+                SiteSpec { access: narrow, ..named("narrow", site(&catalogue, "Ascend 910B", 32)) },
+                SiteSpec { tariff: limited, ..named("limited", site(&catalogue, "H20", 48)) },
+            ];
+            let poor = Link { loss, streams: f64::from(streams), loss_based: true, ..link(gigabits, delay) };
+            let mut links = Links::all(poor);
+            links.pairs.insert((0, 1), poor);
+            let of = |sites: &[SiteSpec<'_>], links: &Links| {
+                plans(&task, sites, links, &Wish { count: 1, ..Wish::default() })
+                    .map_or(f64::INFINITY, |plans| plans[0].time_to_loss.0)
+            };
+            let now = of(&sites, &links) * (1.0 + 1e-9);
+            let better = |change: &dyn Fn(&mut Link)| {
+                let mut links = links.clone();
+                links.pairs.values_mut().for_each(change);
+                of(&sites, &links)
+            };
+            prop_assert!(better(&|link| link.up = link.up * more) <= now, "one direction of one link");
+            prop_assert!(better(&|link| link.round_trip = link.round_trip * (1.0 / more)) <= now, "delay");
+            prop_assert!(better(&|link| link.loss /= more) <= now, "loss");
+            prop_assert!(better(&|link| link.streams *= more) <= now, "streams");
+            let changed = |change: &dyn Fn(&mut [SiteSpec<'_>; 3])| {
+                let mut sites = sites.clone();
+                change(&mut sites);
+                of(&sites, &links)
+            };
+            prop_assert!(changed(&|sites| sites[0].groups[1].devices += extra) <= now, "devices of one kind of two");
+            prop_assert!(changed(&|sites| sites[1].access = narrow.map(|rate| rate * more)) <= now, "access");
+            prop_assert!(changed(&|sites| sites[2].tariff.power_limit = Some(Watts(20e3 * more))) <= now, "power");
         }
     }
 }

@@ -26,7 +26,7 @@ const SEGMENT: Bytes = Bytes(1_448.0);
 const MATHIS: f64 = 1.22;
 
 /// Share of a link's bits that are content: headers of Ethernet, IP, TCP and TLS on full segments.
-pub(crate) const CONTENT: f64 = 0.94;
+pub const CONTENT: f64 = 0.94;
 
 /// A site's way to the others.
 #[derive(Debug, Clone, Copy, PartialEq)]

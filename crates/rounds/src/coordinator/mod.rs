@@ -51,6 +51,7 @@ use grace::Grace;
 use open_round::{Delivery, OpenRound};
 use sharded::Exchanges;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use tuning::Tuning;
 
 /// A round may take this many times its expected compute time, and `deadline_seconds` on top, before sites that have not
@@ -326,7 +327,7 @@ impl Coordinator {
     }
 
     fn tell_peers(&self, commands: &mut Vec<Command>) {
-        let peers: Vec<Peer> = self.sites.values().map(|site| site.peer.clone()).collect();
+        let peers: Arc<[Peer]> = self.sites.values().map(|site| site.peer.clone()).collect();
         commands.extend(self.sites.keys().map(|site| Command::Send(*site, Directive::Peers(peers.clone()))));
     }
 
@@ -593,13 +594,13 @@ impl Coordinator {
             // Commits are settled in order.
             let index = self.history.partition_point(|committed| committed.state_hash.is_some());
             let Some(round) = self.history.get(index).map(|committed| committed.commit.round) else { return };
-            let votes = self.votes.get(&round).cloned().unwrap_or_default();
-            let voters = self.sites.iter().filter(|(_, site)| site.since.is_some_and(|since| since < round));
-            let all_said = voters.map(|(id, _)| votes.contains_key(id)).reduce(|all, said| all && said);
-            if all_said != Some(true) {
+            let Some(votes) = self.votes.get(&round) else { return };
+            let is_voter = |site: &Site| site.since.is_some_and(|since| since < round);
+            let all_said = self.sites.iter().all(|(id, site)| !is_voter(site) || votes.contains_key(id));
+            if !all_said || !self.sites.values().any(is_voter) {
                 return;
             }
-            self.votes.remove(&round);
+            let votes = self.votes.remove(&round).unwrap_or_default();
             let state_hash = most_frequent(&votes);
             self.history[index].state_hash = Some(state_hash);
             commands.push(Command::Persist(Record::StateHash { round, state_hash }));

@@ -149,7 +149,7 @@ impl SiteProcess {
     /// Before there is a member; see `site::agent`.
     pub(super) fn heard_early(&mut self, event: MemberEvent, around: &mut Around) {
         match event {
-            MemberEvent::Directive(Directive::Peers(peers)) => self.set_peers(peers),
+            MemberEvent::Directive(Directive::Peers(peers)) => self.set_peers(peers.to_vec()),
             MemberEvent::Directive(Directive::Recall { number }) => self.recall = number,
             MemberEvent::Directive(Directive::Finish { .. } | Directive::Dropped { .. }) => {
                 self.end(SiteFate::Over, around);

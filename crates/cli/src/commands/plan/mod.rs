@@ -28,8 +28,8 @@ const BATCH_TOKENS: f64 = 4_194_304.0;
 const TOKENS_PER_PARAMETER: f64 = 20.0;
 
 /// Longest sequence and largest batch that can be meant.
-const SEQUENCE_MAX: u32 = 1 << 24;
-const BATCH_MAX: u32 = 1 << 24;
+pub(crate) const SEQUENCE_MAX: u32 = 1 << 24;
+pub(crate) const BATCH_MAX: u32 = 1 << 24;
 
 /// Plan a run before any machine is reserved: strategy, shares, layouts, hours, energy, cost
 #[derive(Debug, clap::Args)]
@@ -143,7 +143,11 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     Ok(())
 }
 
-fn cluster(path: &Path) -> Result<Cluster, Failure> {
+/// Reads a cluster's file.
+///
+/// # Errors
+/// It cannot be read, or is no cluster.
+pub(crate) fn cluster(path: &Path) -> Result<Cluster, Failure> {
     let text = texts::read(path, CLUSTER_BYTES_MAX)?;
     Cluster::parse(&text).map_err(|error| Failure::from(error).about(&path.display().to_string()))
 }
@@ -165,15 +169,22 @@ fn changed(
 }
 
 fn task(args: &Args) -> Result<Task, Failure> {
-    let shape =
-        Transformer { seq: f64::from(args.sequence), ..models::parse(args.model.as_deref().unwrap_or_default())? };
-    let tokens = match &args.tokens {
+    work(args.model.as_deref().unwrap_or_default(), args.tokens.as_deref(), args.batch, args.sequence)
+}
+
+/// What is to be trained: a model, its tokens, and the batch; the last two have defaults.
+///
+/// # Errors
+/// No such model, or a number that nobody can mean.
+pub(crate) fn work(model: &str, tokens: Option<&str>, batch: Option<u32>, sequence: u32) -> Result<Task, Failure> {
+    let shape = Transformer { seq: f64::from(sequence), ..models::parse(model)? };
+    let tokens = match tokens {
         None => TOKENS_PER_PARAMETER * shape.active_parameters(),
         Some(text) => units::parse_count(text).filter(|tokens| (1e6..=1e18).contains(tokens)).ok_or_else(|| {
             Failure::new(format!("--tokens {text} is no number from 1e6 to 1e18"), "write 1.4T for 1.4e12")
         })?,
     };
-    let batch = args.batch.unwrap_or((BATCH_TOKENS / shape.seq).round().max(1.0) as u32);
+    let batch = batch.unwrap_or((BATCH_TOKENS / shape.seq).round().max(1.0) as u32);
     Ok(Task { shape, global_batch: batch, tokens })
 }
 
