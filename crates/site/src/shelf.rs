@@ -59,6 +59,11 @@ impl Shelf {
         peers.map(|peer| Holder { address: peer.address.clone(), fingerprint: peer.fingerprint }).collect()
     }
 
+    /// Where to fetch at first what a site has made: from it; and what this site itself made, before it came back, from all others.
+    pub(crate) fn first_holders(&self, maker: SiteId) -> Vec<Holder> {
+        if maker == self.site { self.all_holders() } else { self.holders(&[maker]) }
+    }
+
     /// All other sites that can be dialled.
     pub(crate) fn all_holders(&self) -> Vec<Holder> {
         let sites: Vec<SiteId> = self.inner().peers.keys().copied().collect();

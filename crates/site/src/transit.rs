@@ -194,13 +194,10 @@ impl Transit {
         }
     }
 
-    /// At first from the site that made it, where that can be had; then, since whoever holds it gives the same bytes, from anybody. A site that
-    /// comes back fetches what it made itself.
+    /// At first from the site that made it; then, since whoever holds it gives the same bytes, from anybody.
     async fn attempt(&self, wanted: &Wanted, number: u32) -> Option<Bytes> {
         let is_first = number == 1;
-        let maker = self.shelf.holders(&[wanted.from()]);
-        let from_maker = is_first && (!maker.is_empty() || self.store.is_some());
-        let holders = if from_maker { maker } else { self.shelf.all_holders() };
+        let holders = if is_first { self.shelf.first_holders(wanted.from()) } else { self.shelf.all_holders() };
         let open = OpenRoutes { direct: !holders.is_empty(), object_store: self.store.is_some() };
         let Some(choice) = self.routes().choose(wanted.from(), wanted.bytes(), open) else {
             let message = "that site cannot be dialled, and this one has no object store".to_owned();
