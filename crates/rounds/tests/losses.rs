@@ -283,3 +283,68 @@ fn who_missed_the_end_is_told_when_those_with_the_last_state_were_told_before() 
     let mut untold = again(&records[..records.len() - 1]);
     assert!(!untold.seconds(300).contains(&Command::Done), "the last state may be with a machine that starts again");
 }
+
+/// The hash of the state after a round.
+fn state_after(round: Round) -> ContentHash {
+    ContentHash::of(&round.0.to_le_bytes())
+}
+
+/// Site 1 alone does rounds from `plan` on until that one is committed; gives all that was said.
+fn alone_through(run: &mut Run, plan: &mut Option<RoundPlan>, round: u64) -> Vec<Command> {
+    let mut said = Vec::new();
+    while let Some(planned) = plan.take_if(|plan| plan.round <= Round(round)) {
+        let mut commands = run.compute(1, &planned);
+        let applied = Report::Applied { round: planned.round, state_hash: state_after(planned.round) };
+        commands.extend(run.tell(Event::Reported(SiteId(1), applied)));
+        *plan = plan_for(&commands, 1);
+        said.extend(commands);
+    }
+    assert_eq!(run.coordinator.last().commit.round, Round(round));
+    said
+}
+
+fn fetched_by(commands: &[Command], site: u32) -> Option<Round> {
+    commands.iter().find_map(|command| match command {
+        Command::Send(to, Directive::FetchState { commit, .. }) if *to == SiteId(site) => Some(commit.round),
+        _ => None,
+    })
+}
+
+/// Site 0 has fetched the state after round 3 when the log is at round 9; round 10 is open, and site 1 works at it.
+fn with_a_fetch_in_vain() -> (Run, Option<RoundPlan>) {
+    let (mut run, first) = Run::begun();
+    run.leave(0);
+    let mut plan = Some(first);
+    alone_through(&mut run, &mut plan, 3);
+    assert_eq!(fetched_by(&run.join(0, 0, INITIAL), 0), Some(Round(3)));
+    run.seconds(5);
+    alone_through(&mut run, &mut plan, 9);
+    assert!(plan.is_some(), "nobody waits for a site that fetches for the first time");
+    let commands = run.ready(0, 3, state_after(Round(3)), 0);
+    assert_eq!(fetched_by(&commands, 0), None, "a state that will not be the last for long is not fetched");
+    (run, plan)
+}
+
+#[test]
+fn a_newcomer_that_has_fetched_a_state_in_vain_is_waited_for() {
+    let (mut run, mut plan) = with_a_fetch_in_vain();
+    let said = alone_through(&mut run, &mut plan, 10);
+    assert_eq!((fetched_by(&said, 0), plan), (Some(Round(10)), None), "the last state, and no round is planned");
+    run.seconds(14);
+    let commands = run.ready(0, 10, state_after(Round(10)), 0);
+    assert!(plan_for(&commands, 0).is_some_and(|plan| plan.round == Round(11)), "it has a part in the next round");
+}
+
+#[test]
+fn nobody_waits_for_a_newcomer_that_has_left_or_takes_twice_as_long_as_before() {
+    let (mut run, mut plan) = with_a_fetch_in_vain();
+    alone_through(&mut run, &mut plan, 10);
+    let commands = run.leave(0);
+    assert!(plan_for(&commands, 1).is_some(), "it has left");
+
+    let (mut run, mut plan) = with_a_fetch_in_vain();
+    alone_through(&mut run, &mut plan, 10);
+    // 2 x 5 s, and 6 s for words.
+    assert_eq!(plan_for(&run.seconds(15), 1), None);
+    assert!(plan_for(&run.seconds(1), 1).is_some(), "it takes too long");
+}

@@ -20,6 +20,7 @@
 //!
 //! It never touches a tensor: it compares hashes.
 
+mod awaited;
 mod away;
 mod ending;
 mod grace;
@@ -44,6 +45,7 @@ use crate::recompute::Checks;
 use crate::schedule::{self, Effects, fragment_of, lookahead};
 use crate::shares::{Speed, follow, portions};
 use crate::witness::Answer;
+use awaited::{Asked, Awaited};
 use away::Away;
 use base::config::SyncSection;
 use base::{ContentHash, Round, SiteId, Term};
@@ -106,6 +108,7 @@ struct Site {
     is_recalled: bool,
     /// It was asked to fetch a state, and has yet to say what came of it.
     is_fetching: bool,
+    asked: Asked,
 }
 
 impl Site {
@@ -129,6 +132,7 @@ impl Site {
             recalls: 0,
             is_recalled: false,
             is_fetching: false,
+            asked: Asked::default(),
         }
     }
 }
@@ -176,6 +180,7 @@ pub struct Coordinator {
     stopping: bool,
     weights: BTreeMap<SiteId, f64>,
     away: Away,
+    awaited: Option<Awaited>,
     /// Where settings follow the links.
     tuning: Option<Tuning>,
     /// The first round of the schedule in use.
@@ -243,6 +248,7 @@ impl Coordinator {
             stopping: false,
             weights: BTreeMap::new(),
             away: Away::default(),
+            awaited: None,
         };
         coordinator.go_on_from_last();
         (coordinator, Record::TermStarted { term })
@@ -749,6 +755,9 @@ impl Coordinator {
         let current = self.current();
         let too_few = last == Round(0) && current.len() < self.settings.sites as usize;
         if !self.started || current.is_empty() || too_few || self.open.len() as u64 > self.lookahead() {
+            return false;
+        }
+        if self.is_waiting() {
             return false;
         }
         let round = last.next();

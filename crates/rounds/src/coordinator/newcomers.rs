@@ -36,13 +36,16 @@ impl Coordinator {
             // Nobody knows yet which state the run goes on from.
             return;
         }
+        if !self.may_fetch() {
+            return;
+        }
         let from = self.current();
         let settled = self.history.iter().rev().find_map(|committed| Some((&committed.commit, committed.state_hash?)));
         let Some((commit, state_hash)) = settled.filter(|_| !from.is_empty()) else { return };
         for (id, site) in self.sites.iter_mut().filter(|(_, site)| site.since.is_none()) {
             // Asked once; it reports `Ready` again when it has the state, or when it could not get it.
             if site.held.take().is_some() {
-                site.is_fetching = true;
+                site.ask(commit.round);
                 let directive = Directive::FetchState { commit: commit.clone(), state_hash, from: from.clone() };
                 commands.push(Command::Send(*id, directive));
             }

@@ -55,6 +55,7 @@ impl Coordinator {
     /// A second has passed: recalls whoever waits in vain.
     pub(super) fn recall_the_stranded(&mut self, commands: &mut Vec<Command>) {
         self.gathering_ticks = self.gathering_ticks.map(|ticks| if self.started { 0 } else { ticks.saturating_add(1) });
+        self.count_fetches();
         self.vain_ticks = if self.waits_in_vain() { self.vain_ticks + 1 } else { 0 };
         if self.vain_ticks > self.settings.sync.deadline_seconds.ceil() as u32 {
             self.phase = Phase::Finishing(Default::default());
