@@ -93,7 +93,7 @@ pub(crate) struct World {
     commits: u64,
     /// Rollbacks in the log that the checkers know of.
     times_gone_back: usize,
-    commits_healed: u64,
+    commits_healed: Option<u64>,
     is_done: bool,
     /// Asks the coordinator to stop after that many commits, if ever.
     stop_after: Option<u64>,
@@ -154,7 +154,7 @@ impl World {
             may_break: options.faults,
             commits: 0,
             times_gone_back: 0,
-            commits_healed: 0,
+            commits_healed: None,
             is_done: false,
             stop_after: None,
             around,
@@ -270,9 +270,9 @@ impl World {
     fn committed(&mut self) {
         self.commits += 1;
         let mut stops = self.stop_after == Some(self.commits);
-        if !self.may_break {
-            self.commits_healed += 1;
-            stops |= self.stop_after.is_none() && self.faults > 0 && self.commits_healed == COMMITS_TO_HEAL;
+        if let Some(healed) = &mut self.commits_healed {
+            *healed += 1;
+            stops |= self.stop_after.is_none() && *healed == COMMITS_TO_HEAL;
         }
         if let Some(leader) = self.leader.filter(|_| stops) {
             let now = self.around.now;
@@ -664,7 +664,7 @@ impl World {
     }
 
     fn stop_faults(&mut self) {
-        self.may_break = false;
+        (self.may_break, self.commits_healed) = (false, Some(0));
         for fault in self.open_faults.clone() {
             self.mend(&fault);
         }
