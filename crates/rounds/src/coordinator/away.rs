@@ -2,11 +2,11 @@
 //!
 //! The others take over the samples of one that is lost, and with it rounds become longer: with half of the speed gone, twice as long. One that
 //! comes back would have to wait for the end of such a round. So for a while after a loss rounds have fewer inner steps, as many as take about
-//! the time that they took with everybody: what is sent in an hour stays the same, and who comes back has a part in the next round soon.
+//! the time that they took with everybody: what is sent in an hour stays the same, and who comes back has a part in the next round soon. Where
+//! shares are configured nobody's speed is in use, and rounds stay as long as they are.
 
 use super::Coordinator;
 use crate::plan::LeaveReason;
-use base::config::SyncSection;
 use base::{Round, SiteId};
 use std::collections::BTreeMap;
 
@@ -48,12 +48,6 @@ impl Away {
 }
 
 impl Coordinator {
-    /// What a site's part of the samples goes by: the setting, or its speed as it was last used.
-    pub(super) fn weight(&self, id: SiteId) -> Option<f64> {
-        let SyncSection { shares, .. } = &self.settings.sync;
-        if shares.is_empty() { self.weights.get(&id).copied() } else { shares.get(id.0 as usize).copied() }
-    }
-
     /// Inner steps of a round that the sites in `current` begin, of which `left` are left in the run.
     pub(super) fn steps_of_round(&mut self, round: Round, left: u64, current: &[SiteId]) -> u64 {
         let steps = self.settings.steps_per_round;

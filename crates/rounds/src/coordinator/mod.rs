@@ -484,7 +484,7 @@ impl Coordinator {
         if let Some(tuning) = &mut self.tuning {
             tuning.forget(id);
         }
-        self.away.left(id, reason, self.weight(id), self.last().commit.round);
+        self.away.left(id, reason, self.weights.get(&id).copied(), self.last().commit.round);
         commands.push(Command::Note(Note::SiteLeft { site: id, reason }));
         self.withdraw(id, matches!(reason, LeaveReason::Diverged | LeaveReason::StepsDiffer));
         self.tell_peers(commands);
