@@ -8,6 +8,7 @@
 
 mod arrows;
 mod bench_chaos;
+mod bench_check;
 mod bench_curves;
 mod bench_diloco;
 mod bench_emulated;
@@ -75,6 +76,8 @@ enum Bench {
     Curves(Box<bench_curves::Options>),
     /// Gbit/s that models of 1B to 100B need for 50 to 99 % utilisation, with steps that sleep, beside a published table. Needs root
     Emulated(Box<bench_emulated::Options>),
+    /// What `plan --check` says of ten labs: predicted against measured tokens a second and bytes
+    Check(bench_check::Options),
     /// Plans a second of small clusters, and time and memory of the plan of 100,000 devices
     Plan(bench_plan::Options),
     /// Beringia beside PyTorch DDP, torchft and hivemind over a thin link: speed, bytes, loss. Needs root
@@ -98,6 +101,7 @@ fn main() -> ExitCode {
         Task::Bench(Bench::Emulated(options)) => {
             bench_emulated::run(&options).map_err(|error| (error.to_string(), None))
         }
+        Task::Bench(Bench::Check(options)) => bench_check::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Plan(options)) => bench_plan::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Wan(options)) => wan::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Diloco(options)) => bench_diloco::run(&options).map_err(|error| (error.to_string(), None)),

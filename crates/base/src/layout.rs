@@ -7,6 +7,7 @@
 //! events.jsonl                  what happened (telemetry)
 //! state.fetched.partial         the run's state on its way to a site, with state.fetched.chunks (wire)
 //! speed.json                    what a site's engine was measured at when it last started (site)
+//! links.toml                    what lay between a lab's sites (cli)
 //! identity.pem                  this machine's key (wire)
 //! coordinator.redb              the coordinator's durable log (coordinator)
 //! coordinator.jsonl             the same as earlier versions wrote it: taken over once

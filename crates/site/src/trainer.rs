@@ -13,10 +13,11 @@ use base::{Fragment, Hint, ParameterSchema, RunConfig, TokenBatch};
 use data::{BigramModel, Dataset, SampleOrder, Split, TextTokenizer, ValidationSet};
 use engine::{Engine, EngineError, LossSum, StepReport};
 use rounds::{Assignment, RoundPlan, SampleRange, StepVerdict};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Samples in one validation batch: bounds the memory of the logits.
 const VALIDATION_BATCH_SAMPLES: usize = 8;
@@ -165,6 +166,9 @@ pub struct Trainer {
     tokenizer: TextTokenizer,
     bigram_bits_per_byte: Option<f64>,
     slowdown: f64,
+    /// Least time of an inner step on so many samples: what a slowed site takes a multiple of. Of what it waits for a processor that
+    /// other sites of a lab have just then, it takes none.
+    fastest: BTreeMap<usize, Duration>,
 }
 
 impl Trainer {
@@ -198,6 +202,7 @@ impl Trainer {
             tokenizer,
             bigram_bits_per_byte: None,
             slowdown,
+            fastest: BTreeMap::new(),
         })
     }
 
@@ -306,7 +311,10 @@ impl Trainer {
             call(engine)
         })?;
         if self.slowdown > 1.0 {
-            std::thread::sleep(began.elapsed().mul_f64(self.slowdown - 1.0));
+            let elapsed = began.elapsed();
+            let fastest =
+                self.fastest.entry(samples).and_modify(|known| *known = elapsed.min(*known)).or_insert(elapsed);
+            std::thread::sleep(fastest.mul_f64(self.slowdown).saturating_sub(elapsed));
         }
         Ok((result, began.elapsed().as_secs_f64()))
     }

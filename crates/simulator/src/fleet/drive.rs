@@ -26,6 +26,9 @@ const RETRY_SECONDS: f64 = 2.0;
 /// Bytes of the state for each parameter: f32 of the parameters and of the outer momentum.
 const STATE_BYTES: f64 = 8.0;
 
+/// Of an inner step, the way forward: its backward pass is twice as much work.
+const FORWARD_PART: f64 = 1.0 / 3.0;
+
 /// Of what coding takes, encoding is one half and merging the other.
 const CODING_PART: f64 = 0.5;
 
@@ -113,6 +116,9 @@ pub(super) struct Drive<'a> {
     /// Size of a delta of each fragment, and its values.
     fragments: Vec<(u64, f64)>,
     rounds_kept: u64,
+    /// When the first round began.
+    began: Option<f64>,
+    is_done: bool,
     outcome: FleetOutcome,
     error: Option<FleetError>,
 }
@@ -148,6 +154,8 @@ impl<'a> Drive<'a> {
             random: faults.map(|key| (key, Random::new(seed, ((key.0 as u64) << 8) | key.1 as u64))).collect(),
             fragments: fragments.collect(),
             rounds_kept: fleet.settings.rounds_kept(plan(0), sites),
+            began: None,
+            is_done: false,
             outcome: FleetOutcome::default(),
             error: None,
             fleet,
@@ -162,7 +170,7 @@ impl<'a> Drive<'a> {
         self.after(TICK_SECONDS, Happening::Tick);
         while let Some(Reverse(entry)) = self.queue.pop() {
             let at = entry.at as f64 / NANOSECONDS;
-            if at > self.fleet.seconds {
+            if at > self.fleet.seconds || self.is_done {
                 break;
             }
             self.now = at;
@@ -171,7 +179,9 @@ impl<'a> Drive<'a> {
                 return Err(error);
             }
         }
-        self.now = self.fleet.seconds;
+        if !self.is_done {
+            self.now = self.fleet.seconds;
+        }
         self.sum_up()
     }
 
@@ -279,7 +289,8 @@ impl<'a> Drive<'a> {
                     }
                 }
                 Command::Note(note) => self.note(&note),
-                Command::Persist(_) | Command::Done => {}
+                Command::Done => self.is_done = true,
+                Command::Persist(_) => {}
             }
         }
     }
@@ -289,6 +300,12 @@ impl<'a> Drive<'a> {
             Note::SiteLeft { site, reason } => {
                 self.lines[site.0 as usize] = None;
                 *self.outcome.left.entry(word(*reason)).or_default() += 1;
+            }
+            Note::RoundStarted(_) => {
+                self.began.get_or_insert(self.now);
+            }
+            Note::Agreed { .. } => {
+                self.outcome.seconds = self.began.map_or(0.0, |began| self.now - began);
             }
             Note::RoundAbandoned { .. } => self.outcome.abandoned += 1,
             Note::Regrouped { .. } => self.outcome.regrouped += 1,
@@ -340,7 +357,9 @@ impl<'a> Drive<'a> {
                 }
                 MemberCommand::Train { plan, assignment, steps } => {
                     debug_assert!(plan.steps >= assignment.steps);
-                    let samples: u64 = steps.map(|step| assignment.step_samples(step)).sum();
+                    let twice = plan.check.filter(|check| check.site == assignment.site && steps.contains(&check.step));
+                    let twice = twice.map_or(0, |check| assignment.step_samples(check.step));
+                    let samples = twice + steps.map(|step| assignment.step_samples(step)).sum::<u64>();
                     self.nodes[place].push(Work::Train((samples * self.fleet.settings.sequence_length) as f64));
                 }
                 MemberCommand::Snapshot { plan } => self.nodes[place].push(Work::Snapshot(Box::new(plan))),
@@ -374,13 +393,22 @@ impl<'a> Drive<'a> {
                     let states = self.nodes[place].states;
                     self.host(place, 4.0 * elements, Happening::Merged(process, states, commit.round, state_hash));
                 }
-                // Steps that are made twice are no part of the model: their share is a setting, and what it costs is that share.
+                // A few of the steps that are made twice are made by others as well: that is no part of the model.
                 MemberCommand::Witness { .. } => {}
-                MemberCommand::Peers(_) | MemberCommand::Apply { .. } | MemberCommand::Finish { .. } => {}
+                MemberCommand::Apply { round } => self.validate(place, round),
+                MemberCommand::Peers(_) | MemberCommand::Finish { .. } => {}
             }
         }
         if self.nodes[place].member.is_some() {
             self.drive_engine(place);
+        }
+    }
+
+    /// The first site measures the loss of what it has merged.
+    fn validate(&mut self, place: usize, round: Round) {
+        let due = self.fleet.validation.filter(|due| place == 0 && round.0.is_multiple_of(due.every_rounds.max(1)));
+        if let Some(due) = due {
+            self.nodes[place].push(Work::Evaluate(due.tokens * FORWARD_PART));
         }
     }
 
@@ -485,10 +513,11 @@ impl<'a> Drive<'a> {
         if !is_there {
             return self.fetch(process.0, fetch);
         }
-        let Fetch { round, maker: from, hash, kind, .. } = fetch;
+        let Fetch { round, maker: from, hash, bytes, kind } = fetch;
         if kind != Kind::Slice {
             node.shelf.insert((round, hash));
         }
+        self.outcome.fetched_bytes += bytes;
         self.tell(
             process,
             match kind {

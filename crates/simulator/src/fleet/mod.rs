@@ -53,6 +53,15 @@ pub struct FleetLink {
     pub round_trip_seconds: f64,
 }
 
+/// What the first site stops training for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Validation {
+    /// Rounds between two of them.
+    pub every_rounds: u64,
+    /// Tokens that are only gone forward over.
+    pub tokens: f64,
+}
+
 /// Sites, links and settings of a run.
 #[derive(Debug, Clone)]
 pub struct Fleet {
@@ -66,7 +75,9 @@ pub struct Fleet {
     pub coding_bytes_per_second: f64,
     /// Rounds between two checkpoints of a site.
     pub checkpoint_rounds: u64,
-    /// Length of the run, seconds.
+    /// What the first site does beside training, where anything.
+    pub validation: Option<Validation>,
+    /// Length of the run, seconds; it ends before where its steps are done.
     pub seconds: f64,
     /// What breaks.
     pub rates: Rates,
@@ -83,6 +94,10 @@ pub struct FleetOutcome {
     pub lost: Lost,
     /// Rounds committed.
     pub rounds: u64,
+    /// From the begin of the first round to the last commit.
+    pub seconds: f64,
+    /// Deltas, slices and merged parts as they came over the links.
+    pub fetched_bytes: f64,
     /// Events that the coordinator decided on.
     pub decisions: u64,
     /// Faults by kind.

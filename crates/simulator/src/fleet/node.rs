@@ -14,15 +14,18 @@ use std::collections::{BTreeSet, VecDeque};
 pub(super) enum Work {
     /// Inner steps on so many tokens.
     Train(f64),
+    /// A validation, which takes as long as inner steps on so many tokens.
+    Evaluate(f64),
     /// A snapshot of that plan's fragment.
     Snapshot(Box<RoundPlan>),
 }
 
-/// Inner steps that are being made.
+/// Inner steps that are being made, or a validation.
 #[derive(Debug, Clone, Copy)]
 struct Training {
     tokens_left: f64,
     since: f64,
+    is_validation: bool,
 }
 
 /// What the engine has come to.
@@ -127,7 +130,11 @@ impl Node {
         Some(match self.engine.pop_front() {
             Some(Work::Train(tokens_left)) => {
                 self.clock.turn(Doing::Training, self.speed, now);
-                self.train(Training { tokens_left, since: now })
+                self.train(Training { tokens_left, since: now, is_validation: false })
+            }
+            Some(Work::Evaluate(tokens_left)) => {
+                self.clock.turn(Doing::Waiting, self.speed, now);
+                self.train(Training { tokens_left, since: now, is_validation: true })
             }
             Some(Work::Snapshot(plan)) => {
                 Next::Taken { plan, compute_seconds: std::mem::take(&mut self.compute_seconds) }
@@ -153,7 +160,7 @@ impl Node {
         if number != self.trainings {
             return false;
         }
-        if let Some(training) = self.training.take() {
+        if let Some(training) = self.training.take().filter(|training| !training.is_validation) {
             self.compute_seconds += now - training.since;
         }
         true
@@ -166,9 +173,9 @@ impl Node {
         let before = std::mem::replace(&mut self.speed, speed);
         let training = self.training.take()?;
         let seconds = now - training.since;
-        self.compute_seconds += seconds;
+        self.compute_seconds += if training.is_validation { 0.0 } else { seconds };
         let tokens_left = (training.tokens_left - seconds * self.full_tokens_per_second * before).max(0.0);
-        Some(self.train(Training { tokens_left, since: now }))
+        Some(self.train(Training { tokens_left, since: now, ..training }))
     }
 
     /// The host does something that takes so long, after all that it has to do before; when it is done.

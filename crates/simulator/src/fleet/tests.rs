@@ -47,6 +47,7 @@ fn fleet(sites: usize, rates: Rates) -> Fleet {
         settings,
         coding_bytes_per_second: 2e9,
         checkpoint_rounds: 5,
+        validation: None,
         seconds: HOURS * 3_600.0,
         rates,
     }

@@ -14,7 +14,7 @@ mod faults;
 mod process;
 mod report;
 mod spec;
-mod wan;
+pub(crate) mod wan;
 
 use self::crew::{Crew, Incidents, Progress};
 use self::faults::{FaultArgs, Faults};
@@ -46,6 +46,9 @@ const INNER_STEPS: u64 = 20;
 
 /// Most sites: each is a process with a model of its own.
 const SITES_MAX: u32 = 16;
+
+/// What lay between the sites, in the run's folder: `beringia plan --check` reads it.
+pub(crate) const LINKS_FILE: &str = "links.toml";
 
 /// How often the coordinator's log is looked at: a fault comes at most this late.
 const POLL: Duration = Duration::from_millis(50);
@@ -276,10 +279,17 @@ impl Lab {
         config.checkpoint.every_rounds = rounds.div_ceil(EVALUATIONS);
         overrides::apply(&mut config, &args.overrides);
         config.validate()?;
-        let path = self.run_folder().join(RUN_FILE);
-        std::fs::write(&path, run_file::render(&config))
-            .map_err(|error| Failure::new(format!("{}: {error}", path.display()), "make room or allow writing"))?;
+        self.write(RUN_FILE, &run_file::render(&config))?;
+        if let Some(links) = &self.links {
+            self.write(LINKS_FILE, &links.to_toml())?;
+        }
         Ok(config)
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<(), Failure> {
+        let path = self.run_folder().join(name);
+        let failed = |error| Failure::new(format!("{}: {error}", path.display()), "make room or allow writing");
+        std::fs::write(&path, text).map_err(failed)
     }
 
     /// Starts everybody, watches until the coordinator ends, and collects what the sites say at their end.

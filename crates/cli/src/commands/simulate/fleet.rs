@@ -216,6 +216,7 @@ fn fleet(
         settings: settings(plan, task, quorum),
         coding_bytes_per_second: plan.way.coding().0,
         checkpoint_rounds: CheckpointSection::default().every_rounds,
+        validation: None,
         seconds,
         rates,
     }

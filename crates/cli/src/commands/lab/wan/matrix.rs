@@ -60,6 +60,23 @@ impl Links {
         Ok(links)
     }
 
+    /// As a file that says the same, for whoever wants to know later what lay between the sites.
+    pub(crate) fn to_toml(&self) -> String {
+        let mut text = format!("default = \"{}\"\n\n[links]\n", self.specs[0][1]);
+        for (from, row) in self.specs.iter().enumerate() {
+            for (to, spec) in row.iter().enumerate().filter(|(to, _)| *to != from) {
+                text.push_str(&format!("\"{} {ONE_WAY} {}\" = \"{spec}\"\n", self.names[from], self.names[to]));
+            }
+        }
+        text
+    }
+
+    /// Bytes a second from one end to another, and the round trip, seconds. The sites have their numbers, the coordinator the next.
+    pub(crate) fn way(&self, from: usize, to: usize) -> (f64, f64) {
+        let (there, back) = (self.specs[from][to], self.specs[to][from]);
+        (there.bits_per_second as f64 / 8.0, (there.round_trip + back.round_trip).as_secs_f64() / 2.0)
+    }
+
     fn of(default: LinkSpec, coordinator: Option<LinkSpec>, sites: &[String]) -> Self {
         let names: Vec<String> = sites.iter().cloned().chain([COORDINATOR.to_owned()]).collect();
         let to_coordinator = coordinator.unwrap_or_else(|| default.without_loss());
@@ -162,6 +179,17 @@ mod tests {
             "32 100Mbit/s,10ms",
         ];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn what_is_written_down_is_read_back() {
+        let links = from_toml(
+            "default = \"20Mbit/s,50ms,2ms,0.1%\"\n[links]\n\"site-a -> site-c\" = \"5Mbit/s,80ms\"\n\"site-b <-> coordinator\" = \"7Mbit/s\"",
+        )
+        .unwrap();
+        assert_eq!(Links::from_toml(&links.to_toml(), &sites()).unwrap(), links);
+        // A round trip is half of each direction's.
+        assert_eq!((links.way(0, 2), links.way(2, 0)), ((625_000.0, 0.065), (2_500_000.0, 0.065)));
     }
 
     #[test]

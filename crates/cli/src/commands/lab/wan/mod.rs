@@ -12,7 +12,7 @@ mod relay;
 mod shaper;
 mod socks;
 
-pub(super) use self::matrix::Links;
+pub(crate) use self::matrix::Links;
 
 use self::measure::Measured;
 use self::relay::Network;
