@@ -18,6 +18,7 @@ use rounds::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use telemetry::event::{Contributor, SampleSpan, SiteShare};
 use telemetry::{Event, LeaseShare};
 use wire::Secret;
@@ -170,7 +171,7 @@ pub struct Desk {
     /// When the first round began.
     training_since: Option<f64>,
     /// Commits that not all sites have confirmed, with the seconds that their rounds took.
-    unsettled: BTreeMap<Round, (Commit, f64)>,
+    unsettled: BTreeMap<Round, (Arc<Commit>, f64)>,
     talks: BTreeMap<SiteId, Talk>,
     done: bool,
 }
@@ -190,20 +191,20 @@ impl Desk {
         if let Some(rounds) = options.rounds_max {
             settings.steps_total = settings.steps_total.min(rounds * settings.steps_per_round);
         }
-        let (mut admitted, mut records) = (BTreeMap::new(), Vec::new());
+        let mut admitted = BTreeMap::new();
         let (mut revoked, mut used) = (BTreeSet::new(), BTreeSet::new());
-        for line in lines {
-            match line {
-                Line::Admitted { admitted: site, name, fingerprint, invite } => {
-                    admitted.insert(fingerprint, Known { site, name });
-                    used.extend(invite);
-                }
-                Line::Revoked { revoked: fingerprint } => {
-                    revoked.insert(fingerprint);
-                }
-                Line::Decision(record) => records.push(record),
+        let records = lines.into_iter().filter_map(|line| match line {
+            Line::Admitted { admitted: site, name, fingerprint, invite } => {
+                admitted.insert(fingerprint, Known { site, name });
+                used.extend(invite);
+                None
             }
-        }
+            Line::Revoked { revoked: fingerprint } => {
+                revoked.insert(fingerprint);
+                None
+            }
+            Line::Decision(record) => Some(record),
+        });
         let (coordinator, record) = Coordinator::recover(settings, briefing.initial_hash, records);
         store.append(&Line::Decision(record))?;
         let desk = Self {

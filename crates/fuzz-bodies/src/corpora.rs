@@ -398,7 +398,8 @@ pub(crate) fn site_hears() -> Seeds {
     let honest = names.into_iter().zip(0..).map(|(name, kind)| (name, honest_run(kind).told));
     let commit = rounds::Commit { round: Round(u64::MAX), ..rounds::Commit::initial() };
     // The site counted on from that round, for ever.
-    let round = said_to_site(0, &[Directive::FetchState { commit, state_hash: hash(), from: vec![SiteId(1)] }]);
+    let fetch = Directive::FetchState { commit: commit.into(), state_hash: hash(), from: [SiteId(1)].into() };
+    let round = said_to_site(0, &[fetch]);
     honest.chain([("found-round", round)]).collect()
 }
 

@@ -19,10 +19,10 @@ use crate::plan::LinkReport;
 use base::config::{Codec, Exchange};
 use base::{ContentHash, SiteId};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-/// Most parts of a round: as many as a large run has sites. 48 bytes each in a message of 1 MiB.
+/// Most parts of a round: of more sites those merge that get the largest. 48 bytes each in a message of 1 MiB.
 pub const PARTS_MAX: usize = 1_024;
 
 /// Deltas below this are not worth the two more round trips that merged parts need: 2 x 50 ms at 20 Mbit/s are 250 kB.
@@ -64,7 +64,7 @@ impl Part {
 
 /// Whether these follow one another from the first value on, none of them empty and no site twice, as a coordinator cuts them.
 pub fn is_cut<'a>(parts: impl IntoIterator<Item = &'a Part>) -> bool {
-    let (mut end, mut sites) = (0, std::collections::BTreeSet::new());
+    let (mut end, mut sites) = (0, BTreeSet::new());
     for part in parts {
         let follows = part.values.start == end && part.values.end > end;
         if !follows || !sites.insert(part.site) || sites.len() > PARTS_MAX {
@@ -111,27 +111,45 @@ impl Links {
         self.known.retain(|(to, from), _| *to != site && *from != site);
     }
 
+    /// Those between these sites.
+    fn among<'a>(&'a self, sites: &'a BTreeSet<SiteId>) -> impl Iterator<Item = (SiteId, &'a LinkReport)> {
+        let is_among = |(to, from): &(SiteId, SiteId)| sites.contains(to) && sites.contains(from);
+        self.known.iter().filter(move |(ends, _)| is_among(ends)).map(|((to, _), link)| (*to, link))
+    }
+
     /// Of each of the sites; `None` where one has not been measured in both directions. Links of a site that have not been count as
     /// its others do on average.
     fn rates(&self, sites: &[SiteId]) -> Option<Vec<Rates>> {
         let others = sites.len().saturating_sub(1) as f64;
-        let whole = |measured: Vec<f64>| {
-            let mean = measured.iter().sum::<f64>() / measured.len() as f64;
-            (!measured.is_empty()).then_some(mean * others)
-        };
-        let among = |to: &SiteId, from: &SiteId| sites.contains(to) && sites.contains(from);
-        let speeds = |is: &dyn Fn(&SiteId, &SiteId) -> bool| {
-            let known = self.known.iter().filter(|((to, from), _)| among(to, from) && is(to, from));
-            whole(known.map(|(_, link)| link.bytes_per_second).collect())
-        };
-        let of =
-            |site: &SiteId| Some(Rates { up: speeds(&|_, from| from == site)?, down: speeds(&|to, _| to == site)? });
-        sites.iter().map(of).collect()
+        let (mut up, mut down): (BTreeMap<SiteId, Mean>, BTreeMap<SiteId, Mean>) = Default::default();
+        for (to, link) in self.among(&sites.iter().copied().collect()) {
+            up.entry(link.from).or_default().add(link.bytes_per_second);
+            down.entry(to).or_default().add(link.bytes_per_second);
+        }
+        let whole = |means: &BTreeMap<SiteId, Mean>, site: &SiteId| Some(means.get(site)?.value() * others);
+        sites.iter().map(|site| Some(Rates { up: whole(&up, site)?, down: whole(&down, site)? })).collect()
     }
 
     fn round_trip_seconds(&self, sites: &[SiteId]) -> f64 {
-        let among = self.known.iter().filter(|((to, from), _)| sites.contains(to) && sites.contains(from));
-        among.map(|(_, link)| link.round_trip_seconds).fold(0.0, f64::max)
+        let sites = sites.iter().copied().collect();
+        self.among(&sites).map(|(_, link)| link.round_trip_seconds).fold(0.0, f64::max)
+    }
+}
+
+/// Of what has been added.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mean {
+    sum: f64,
+    count: u32,
+}
+
+impl Mean {
+    fn add(&mut self, value: f64) {
+        (self.sum, self.count) = (self.sum + value, self.count + 1);
+    }
+
+    fn value(self) -> f64 {
+        self.sum / f64::from(self.count)
     }
 }
 
@@ -165,7 +183,6 @@ pub(crate) fn decide(
     match (setting, undialled) {
         (Exchange::Mesh, _) => return Decision::mesh("as configured"),
         _ if sites.len() < 2 => return Decision::mesh("there are no other sites"),
-        _ if sites.len() > PARTS_MAX => return Decision::mesh(format!("more than {PARTS_MAX} sites")),
         (_, Some(site)) => return Decision::mesh(format!("site {site} cannot be dialled")),
         (Exchange::Auto, _) if delta_bytes < DELTA_BYTES_MIN => {
             return Decision::mesh(format!("deltas of {delta_bytes} bytes are not worth more round trips"));
@@ -247,7 +264,7 @@ impl Cost {
 
     /// Equal shares or those with which all send equally long, whichever take less time, and that time.
     fn best_shares(&self, round_trip_seconds: f64) -> (Vec<f64>, f64) {
-        let equal = vec![1.0 / self.rates.len().max(1) as f64; self.rates.len()];
+        let equal = largest_shares(vec![1.0; self.rates.len()]);
         let best = match self.shares_by_upload() {
             Some(by_upload) if self.sharded(&by_upload) < self.sharded(&equal) => by_upload,
             _ => equal,
@@ -263,8 +280,19 @@ impl Cost {
         let share = |rates: &Rates| ((rates.up / total * copies * (delta + merged) - delta) / each).max(0.0);
         let shares: Vec<f64> = self.rates.iter().map(share).collect();
         let sum: f64 = shares.iter().sum();
-        (each > 0.0 && sum.is_finite() && sum > 0.0).then(|| shares.iter().map(|share| share / sum).collect())
+        (each > 0.0 && sum.is_finite() && sum > 0.0).then(|| largest_shares(shares))
     }
+}
+
+/// Shares that together are 1, in proportion to these: of the [`PARTS_MAX`] largest, and of equals those of the first.
+fn largest_shares(mut weights: Vec<f64>) -> Vec<f64> {
+    if weights.len() > PARTS_MAX {
+        let mut order: Vec<usize> = (0..weights.len()).collect();
+        order.sort_by(|&one, &other| weights[other].total_cmp(&weights[one]).then(one.cmp(&other)));
+        order[PARTS_MAX..].iter().for_each(|index| weights[*index] = 0.0);
+    }
+    let sum: f64 = weights.iter().sum();
+    weights.iter().map(|weight| weight / sum).collect()
 }
 
 /// Cuts `elements` values at multiples of `block` in proportion to the shares. Who would get none is left out.
@@ -374,6 +402,19 @@ mod tests {
         let Decision { parts, .. } = decide(Exchange::Sharded, &bf16, (&sites(4), None), &links(&slow, &slow), false);
         assert_eq!(parts[0].site, SiteId(1), "{parts:?}");
         assert!(is_cut(&parts));
+    }
+
+    #[test]
+    fn of_very_many_sites_those_merge_that_can_send_most() {
+        let fp4 = travelling(Codec::Mxfp4, 4.25, Some(32));
+        let Decision { parts, .. } = decide(Exchange::Auto, &fp4, (&sites(3_000), None), &Links::default(), false);
+        assert!(is_cut(&parts) && parts.len() == PARTS_MAX);
+        assert_eq!(parts.last().map(|part| part.site), Some(SiteId(PARTS_MAX as u32 - 1)), "all alike: the first");
+        let weights = (0..3_000).map(|index| if index == 2_999 { 3.0 } else { 1.0 }).collect();
+        let shares = largest_shares(weights);
+        assert_eq!(shares.iter().filter(|share| **share > 0.0).count(), PARTS_MAX);
+        assert!(shares[2_999] > shares[PARTS_MAX - 2] && shares[PARTS_MAX - 1] == 0.0);
+        assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-9);
     }
 
     #[test]

@@ -28,20 +28,18 @@ impl SampleRange {
     }
 }
 
-/// A range that came back, and how often it was leased.
+/// A range, and how often it was leased.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct LeasedRange {
     range: SampleRange,
     attempts: u32,
 }
 
-/// One site's lease for one round.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Lease {
-    round: Round,
-    site: SiteId,
-    ranges: Vec<LeasedRange>,
-}
+/// Leases that are open, by site and round: one is found in O(log n) steps of n.
+type Leases = BTreeMap<(SiteId, Round), Vec<LeasedRange>>;
+
+/// Ranges that came back, by where they begin.
+type Returned = BTreeMap<u64, LeasedRange>;
 
 /// Sums over all leases so far, in samples. `leased = committed + returned + lost + open`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -62,8 +60,10 @@ pub struct LedgerTotals {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Ledger {
     next: u64,
-    open: Vec<Lease>,
-    returned: Vec<LeasedRange>,
+    #[serde(with = "listed::leases")]
+    open: Leases,
+    #[serde(with = "listed::returned")]
+    returned: Returned,
     committed: Vec<SampleRange>,
     lost: Vec<SampleRange>,
     totals: LedgerTotals,
@@ -94,13 +94,15 @@ impl Ledger {
     pub fn lease(&mut self, round: Round, site: SiteId, samples: u64) -> Vec<SampleRange> {
         let mut wanted = samples;
         let mut ranges = Vec::new();
-        while wanted > 0 && !self.returned.is_empty() {
-            let LeasedRange { range, attempts } = self.returned.remove(0);
+        while wanted > 0
+            && let Some((_, LeasedRange { range, attempts })) = self.returned.pop_first()
+        {
             let taken = range.samples().min(wanted);
             let middle = range.start + taken;
             ranges.push(LeasedRange { range: SampleRange { start: range.start, end: middle }, attempts: attempts + 1 });
             if middle < range.end {
-                self.returned.insert(0, LeasedRange { range: SampleRange { start: middle, end: range.end }, attempts });
+                let range = SampleRange { start: middle, end: range.end };
+                self.returned.insert(middle, LeasedRange { range, attempts });
             }
             wanted -= taken;
         }
@@ -112,7 +114,7 @@ impl Ledger {
         self.totals.leased += samples;
         self.totals.open += samples;
         let lease = ranges.iter().map(|leased| leased.range).collect();
-        self.open.push(Lease { round, site, ranges });
+        self.open.entry((site, round)).or_default().extend(ranges);
         lease
     }
 
@@ -134,10 +136,8 @@ impl Ledger {
 
     /// Rounds for which `site` has an open lease, ascending.
     pub fn rounds_leased(&self, site: SiteId) -> Vec<Round> {
-        let mut rounds: Vec<Round> =
-            self.open.iter().filter(|lease| lease.site == site).map(|lease| lease.round).collect();
-        rounds.sort_unstable();
-        rounds
+        let leases = self.open.range((site, Round(0))..=(site, Round(u64::MAX)));
+        leases.map(|((_, round), _)| *round).collect()
     }
 
     /// Ends the lease of `site` in `round` without a commit: its ranges will be leased again, or are lost after
@@ -149,24 +149,42 @@ impl Ledger {
                 insert_joined(&mut self.lost, leased.range);
             } else {
                 self.totals.returned += leased.range.samples();
-                self.returned.push(leased);
+                self.returned.insert(leased.range.start, leased);
             }
         }
-        self.returned.sort_by_key(|leased| leased.range);
     }
 
     /// Ends every open lease without a commit, as after a coordinator's restart.
     pub fn give_back_all(&mut self) {
-        for (round, site) in self.open.iter().map(|lease| (lease.round, lease.site)).collect::<Vec<_>>() {
-            self.give_back(round, site);
+        let open: Vec<(SiteId, Round)> = self.open.keys().copied().collect();
+        open.into_iter().for_each(|(site, round)| self.give_back(round, site));
+    }
+
+    /// The same, with neighbours joined that were leased equally often: nothing is left that grows with the number of sites.
+    pub(crate) fn settle(&mut self) {
+        self.give_back_all();
+        let mut joined: Vec<LeasedRange> = Vec::new();
+        for leased in self.returned.values() {
+            match joined.last_mut() {
+                Some(last) if last.range.end == leased.range.start && last.attempts == leased.attempts => {
+                    last.range.end = leased.range.end;
+                }
+                _ => joined.push(*leased),
+            }
         }
+        self.returned = joined.into_iter().map(|leased| (leased.range.start, leased)).collect();
     }
 
     fn close(&mut self, round: Round, site: SiteId) -> Vec<LeasedRange> {
-        let found = self.open.iter().position(|lease| lease.round == round && lease.site == site);
-        let ranges = found.map(|index| self.open.remove(index).ranges).unwrap_or_default();
+        let ranges = self.open.remove(&(site, round)).unwrap_or_default();
         self.totals.open -= ranges.iter().map(|leased| leased.range.samples()).sum::<u64>();
         ranges
+    }
+
+    /// Leases and ranges in it.
+    #[cfg(test)]
+    pub(crate) fn entries(&self) -> usize {
+        self.open.len() + self.returned.len() + self.committed.len() + self.lost.len()
     }
 
     /// Checks invariant I2: every position below the cursor is in exactly one place and the sums add up. Gives
@@ -178,8 +196,8 @@ impl Ledger {
             return Err(format!("{} samples leased, but {ended} accounted for: {totals:?}", totals.leased));
         }
         let mut places: BTreeMap<u64, (u64, &str)> = BTreeMap::new();
-        let open = self.open.iter().flat_map(|lease| &lease.ranges).map(|leased| (leased.range, "open"));
-        let returned = self.returned.iter().map(|leased| (leased.range, "returned"));
+        let open = self.open.values().flatten().map(|leased| (leased.range, "open"));
+        let returned = self.returned.values().map(|leased| (leased.range, "returned"));
         let committed = self.committed.iter().map(|range| (*range, "committed"));
         let lost = self.lost.iter().map(|range| (*range, "lost"));
         for (range, place) in open.chain(returned).chain(committed).chain(lost) {
@@ -195,6 +213,58 @@ impl Ledger {
             position = end;
         }
         if position == self.next { Ok(()) } else { Err(format!("positions {position}..{} are nowhere", self.next)) }
+    }
+}
+
+/// Maps are written as lists.
+mod listed {
+    use super::{LeasedRange, Round, SiteId};
+    use serde::{Deserialize, Serialize};
+
+    /// One site's lease for one round.
+    #[derive(Serialize, Deserialize)]
+    struct Lease {
+        round: Round,
+        site: SiteId,
+        ranges: Vec<LeasedRange>,
+    }
+
+    pub(super) mod leases {
+        use super::super::Leases;
+        use super::Lease;
+        use serde::{Deserialize, Deserializer, Serializer};
+
+        pub(in super::super) fn serialize<S: Serializer>(leases: &Leases, serializer: S) -> Result<S::Ok, S::Error> {
+            let list = leases.iter().map(|((site, round), ranges)| Lease {
+                round: *round,
+                site: *site,
+                ranges: ranges.clone(),
+            });
+            serializer.collect_seq(list)
+        }
+
+        pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Leases, D::Error> {
+            let mut leases = Leases::new();
+            for Lease { round, site, ranges } in Vec::<Lease>::deserialize(deserializer)? {
+                leases.entry((site, round)).or_default().extend(ranges);
+            }
+            Ok(leases)
+        }
+    }
+
+    pub(super) mod returned {
+        use super::super::Returned;
+        use super::LeasedRange;
+        use serde::{Deserialize, Deserializer, Serializer};
+
+        pub(in super::super) fn serialize<S: Serializer>(ranges: &Returned, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_seq(ranges.values())
+        }
+
+        pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Returned, D::Error> {
+            let list = Vec::<LeasedRange>::deserialize(deserializer)?;
+            Ok(list.into_iter().map(|leased| (leased.range.start, leased)).collect())
+        }
     }
 }
 

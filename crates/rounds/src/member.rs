@@ -26,6 +26,7 @@ use crate::recompute::StepVerdict;
 use base::{ContentHash, Round, SiteId, Term};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Commits that may wait to be merged, and plans that may wait for the engine. The coordinator never sends as many; a peer that does
 /// is refused.
@@ -379,9 +380,10 @@ impl Member {
             Directive::FetchState { commit, state_hash, from } => {
                 self.fetching_state = true;
                 commands.push(MemberCommand::Abandon);
+                let (commit, from) = (Arc::unwrap_or_clone(commit), from.to_vec());
                 commands.push(MemberCommand::FetchState { commit, state_hash, from });
             }
-            Directive::Begin(plan) => self.begin(plan, commands)?,
+            Directive::Begin(plan) => self.begin(Arc::unwrap_or_clone(plan), commands)?,
             Directive::DeltaReady { term, round, contributor } => {
                 if let Some(fragment) = self.planned(term, round).map(|plan| plan.fragment) {
                     self.announce(round, fragment, contributor, commands);
@@ -390,14 +392,16 @@ impl Member {
             Directive::SliceReady { term, round, from, hash } => {
                 self.slice_ready((term, round), from, hash, commands)?;
             }
-            Directive::Reduce { term, round, contributors } => self.reduce((term, round), contributors, commands)?,
+            Directive::Reduce { term, round, contributors } => {
+                self.reduce((term, round), contributors.to_vec(), commands)?;
+            }
             Directive::PartReady { term, round, part } => {
                 if let Some(fragment) = self.planned(term, round).map(|plan| plan.fragment) {
                     self.announce_part(round, fragment, part, commands)?;
                 }
             }
             Directive::Witness { round, samples } => commands.push(MemberCommand::Witness { round, samples }),
-            Directive::Commit(commit) => self.commit(commit, commands)?,
+            Directive::Commit(commit) => self.commit(Arc::unwrap_or_clone(commit), commands)?,
             Directive::Finish { round, state_hash } => self.finish = Some((round, state_hash)),
             Directive::Dropped { reason } => commands.push(MemberCommand::Quit(reason)),
             Directive::Lead { term } if term < self.term => {

@@ -226,8 +226,24 @@ impl Commit {
     }
 }
 
-/// A shared list is written as any other.
+/// What is shared is written as if it was not.
 mod shared {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::sync::Arc;
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(value: &Arc<T>, serializer: S) -> Result<S::Ok, S::Error> {
+        value.as_ref().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Arc<T>, D::Error> {
+        T::deserialize(deserializer).map(Arc::new)
+    }
+}
+
+/// The same of a list.
+mod shared_list {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use std::sync::Arc;
 
@@ -242,22 +258,25 @@ mod shared {
     }
 }
 
-/// From the coordinator to a site.
+/// From the coordinator to a site. What grows with the number of sites is shared: the coordinator says the same to all, and n copies of what n
+/// sites do would take n^2 times the memory.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Directive {
-    /// Everybody who takes part now. Shared: a coordinator says the same to all.
-    Peers(#[serde(with = "shared")] Arc<[Peer]>),
+    /// Everybody who is connected now.
+    Peers(#[serde(with = "shared_list")] Arc<[Peer]>),
     /// Take the global state of a committed round from one of these sites.
     FetchState {
         /// The commit that made the state; its term, round and cursor are part of the hash.
-        commit: Commit,
+        #[serde(with = "shared")]
+        commit: Arc<Commit>,
         /// BLAKE3 that the state must have.
         state_hash: ContentHash,
         /// Sites that hold it.
-        from: Vec<SiteId>,
+        #[serde(with = "shared_list")]
+        from: Arc<[SiteId]>,
     },
     /// Start working.
-    Begin(RoundPlan),
+    Begin(#[serde(with = "shared")] Arc<RoundPlan>),
     /// A site's delta can be fetched from it.
     DeltaReady {
         /// Term of the plan.
@@ -285,7 +304,8 @@ pub enum Directive {
         /// Round of the plan.
         round: Round,
         /// Whose, with their weights.
-        contributors: Vec<Contributor>,
+        #[serde(with = "shared_list")]
+        contributors: Arc<[Contributor]>,
     },
     /// A merged part can be fetched from the site that made it, or from any other that holds it.
     PartReady {
@@ -297,7 +317,7 @@ pub enum Directive {
         part: MergedPart,
     },
     /// Merge these and take the outer step.
-    Commit(Commit),
+    Commit(#[serde(with = "shared")] Arc<Commit>),
     /// The run is over: save and leave.
     Finish {
         /// Last committed round.

@@ -159,6 +159,12 @@ impl Checks {
         }
     }
 
+    /// Steps and sites that are remembered.
+    #[cfg(test)]
+    pub(crate) fn entries(&self) -> usize {
+        self.planned.len() + self.suspects.len()
+    }
+
     /// A step of that site was wrong.
     pub(crate) fn suspect(&mut self, site: SiteId) -> Consequence {
         match self.suspects.insert(site, 0) {

@@ -7,6 +7,9 @@
 //! Speeds are measured anew in every round. A jump is believed at once, small changes are averaged first ([`follow`]): a
 //! throttled device loses samples in the very next round, and noise moves nothing.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
 /// A share moves only when the speeds have changed by more than this fraction, so that noise does not.
 pub const SHARE_CHANGE_MIN: f64 = 0.10;
 
@@ -69,11 +72,17 @@ pub fn portions(batch_samples: u64, steps: u64, weights: &[f64]) -> Vec<Portion>
 
 /// Takes what a part lacks from the largest.
 fn give_each_a_sample(parts: &mut [u64]) {
-    while let Some(empty) = parts.iter().position(|part| *part == 0) {
-        // The first of the largest, whatever the order in which equals are met.
-        let largest = (0..parts.len()).fold(0, |best, index| if parts[index] > parts[best] { index } else { best });
-        parts[largest] -= 1;
-        parts[empty] += 1;
+    let empty: Vec<usize> = (0..parts.len()).filter(|index| parts[*index] == 0).collect();
+    if empty.is_empty() {
+        return;
+    }
+    // The first of the largest, whatever the order in which equals are met.
+    let mut largest: BinaryHeap<(u64, Reverse<usize>)> =
+        parts.iter().enumerate().map(|(index, part)| (*part, Reverse(index))).collect();
+    for empty in empty {
+        let Some((part, Reverse(index))) = largest.pop() else { return };
+        (parts[index], parts[empty]) = (part - 1, 1);
+        largest.push((part - 1, Reverse(index)));
     }
 }
 
@@ -97,9 +106,11 @@ pub fn have_drifted(in_use: &[f64], believed: &[f64]) -> bool {
 /// Whether newest measurements differ so much from what is believed that noise does not explain it: some site's part of the
 /// total speed has changed by more than [`SHARE_CHANGE_MIN`].
 pub fn have_moved(in_use: &[f64], measured: &[f64]) -> bool {
-    let part = |weights: &[f64], index: usize| weights[index] / weights.iter().sum::<f64>();
-    in_use.len() != measured.len()
-        || (0..in_use.len()).any(|i| (part(measured, i) / part(in_use, i) - 1.0).abs() > SHARE_CHANGE_MIN)
+    let (in_use_total, measured_total) = (in_use.iter().sum::<f64>(), measured.iter().sum::<f64>());
+    let has_moved = |(in_use, measured): (&f64, &f64)| {
+        ((measured / measured_total) / (in_use / in_use_total) - 1.0).abs() > SHARE_CHANGE_MIN
+    };
+    in_use.len() != measured.len() || in_use.iter().zip(measured).any(has_moved)
 }
 
 /// Brings what is believed up to the newest measurements of all sites, once a round, and tells whether the round is to be
@@ -178,6 +189,7 @@ mod tests {
         assert_eq!(samples(8, 20, &[1e4, 1.0, 1.0]), [158, 1, 1]);
         assert_eq!(samples(8, 1, &[1e4, 1.0, 1.0]), [8, 0, 0]);
         assert_eq!(samples(1, 2, &[1e4, 1.0, 1.0]), [2, 0, 0], "two samples are not enough for three");
+        assert_eq!(samples(5, 2, &[1e4, 1e4, 1.0, 1.0, 1.0]), [3, 4, 1, 1, 1], "of equals the first gives first");
     }
 
     #[test]

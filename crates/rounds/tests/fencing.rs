@@ -25,7 +25,7 @@ fn begin(term: u64) -> Directive {
     let effects = effects(Round(1), 1, 0);
     let assignments = Vec::new();
     let (term, round) = (Term(term), Round(1));
-    Directive::Begin(RoundPlan {
+    let plan = RoundPlan {
         term,
         round,
         attempt: 1,
@@ -36,11 +36,12 @@ fn begin(term: u64) -> Directive {
         parts: Vec::new(),
         check: None,
         assignments,
-    })
+    };
+    Directive::Begin(plan.into())
 }
 
 fn fetch_state() -> Directive {
-    Directive::FetchState { commit: Commit::initial(), state_hash: HASH, from: vec![SiteId(1)] }
+    Directive::FetchState { commit: Commit::initial().into(), state_hash: HASH, from: [SiteId(1)].into() }
 }
 
 #[test]
@@ -69,7 +70,7 @@ fn a_site_that_starts_again_has_not_forgotten_the_newest_term() {
 fn commits_of_earlier_terms_are_caught_up_with_and_terms_do_not_go_back() {
     let commit = |term, round| {
         let (term, round) = (Term(term), Round(round));
-        Directive::Commit(Commit { term, round, ..Commit::initial() })
+        Directive::Commit(Commit { term, round, ..Commit::initial() }.into())
     };
     let mut member = member().after_term(Term(4));
     told(&mut member, lead(5)).unwrap();

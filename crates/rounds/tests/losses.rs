@@ -39,7 +39,7 @@ impl Run {
         run.join(0, 0, INITIAL);
         let commands = run.join(1, 0, INITIAL);
         let plan = commands.iter().find_map(|command| match command {
-            Command::Send(_, Directive::Begin(plan)) => Some(plan.clone()),
+            Command::Send(_, Directive::Begin(plan)) => Some(RoundPlan::clone(plan)),
             _ => None,
         });
         (run, plan.unwrap())
@@ -114,7 +114,7 @@ fn is_recalled(commands: &[Command], site: u32) -> bool {
 
 fn plan_for(commands: &[Command], site: u32) -> Option<RoundPlan> {
     commands.iter().find_map(|command| match command {
-        Command::Send(to, Directive::Begin(plan)) if *to == SiteId(site) => Some(plan.clone()),
+        Command::Send(to, Directive::Begin(plan)) if *to == SiteId(site) => Some(RoundPlan::clone(plan)),
         _ => None,
     })
 }

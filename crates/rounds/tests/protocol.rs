@@ -16,6 +16,7 @@ use rounds::plan::{
 use rounds::{Command, Coordinator, Event, FragmentPlan, Member, MemberCommand, MemberEvent, RoundPlan, Settings};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 
 const INITIAL: ContentHash = ContentHash([7; 32]);
 
@@ -263,7 +264,7 @@ impl World {
                 Command::Done => self.done = true,
                 Command::Note(Note::Straggler { site, reason, .. }) => self.stragglers.push((site, reason)),
                 Command::Note(Note::RoundStarted(plan)) => {
-                    (self.plan, self.plan_records) = (Some(plan), self.records.len());
+                    (self.plan, self.plan_records) = (Some(Arc::unwrap_or_clone(plan)), self.records.len());
                 }
                 Command::Note(Note::ExchangeChosen { round, is_sharded, .. }) => {
                     self.exchanges.push((round, is_sharded))

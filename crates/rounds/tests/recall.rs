@@ -23,7 +23,7 @@ impl Site {
     fn behind(held: &[u64]) -> Self {
         let mut site = Self::new();
         for round in 1..=2 {
-            site.told(Directive::Commit(commit(round)));
+            site.told(Directive::Commit(commit(round).into()));
         }
         for round in held {
             site.happens(MemberEvent::DeltaHeld { round: Round(*round), from: SiteId(1) });
@@ -71,7 +71,7 @@ fn what_cannot_be_merged_is_forgotten() {
     assert!(commands.contains(&MemberCommand::Abandon));
     // It is told again where it can be had.
     let fetches = |command: &MemberCommand| matches!(command, MemberCommand::FetchDelta { round: Round(1), .. });
-    assert!(site.told(Directive::Commit(commit(1))).iter().any(fetches));
+    assert!(site.told(Directive::Commit(commit(1).into())).iter().any(fetches));
 }
 
 #[test]
@@ -105,8 +105,8 @@ fn a_state_that_is_on_its_way_is_waited_for() {
         [(MemberEvent::StateHeld { round: Round(5), state_hash: AFTER }, 5), (MemberEvent::StateUnavailable, 0)]
     {
         let mut site = Site::new();
-        let from = vec![SiteId(1)];
-        site.told(Directive::FetchState { commit: commit(5), state_hash: AFTER, from });
+        let from = [SiteId(1)].into();
+        site.told(Directive::FetchState { commit: commit(5).into(), state_hash: AFTER, from });
         assert!(answers(&site.happens(MemberEvent::Reconnected)).is_empty());
         assert_eq!(answers(&site.happens(event)), [(round, 0)], "once");
         assert!(answers(&site.told(Directive::Peers([].into()))).is_empty());

@@ -100,7 +100,7 @@ fn wrong() -> Option<StepMismatch> {
 
 fn plan_for(commands: &[Command], site: u32) -> Option<RoundPlan> {
     commands.iter().find_map(|command| match command {
-        Command::Send(to, Directive::Begin(plan)) if *to == SiteId(site) => Some(plan.clone()),
+        Command::Send(to, Directive::Begin(plan)) if *to == SiteId(site) => Some(RoundPlan::clone(plan)),
         _ => None,
     })
 }
@@ -184,7 +184,7 @@ fn a_member_gives_up_what_it_has_not_encoded_and_merges_what_the_others_commit()
     let mut member = Member::new(site, Round(0), HASH, 1.0);
     let mut happens = |event| member.handle(event).unwrap();
     happens(MemberEvent::Directive(Directive::Lead { term: Term(1) }));
-    let commands = happens(MemberEvent::Directive(Directive::Begin(plan.clone())));
+    let commands = happens(MemberEvent::Directive(Directive::Begin(plan.clone().into())));
     assert!(commands.iter().any(|command| matches!(command, MemberCommand::Train { .. })));
     let verdict = StepVerdict { step: 1, seconds: 0.1, mismatch: wrong() };
     let recomputed = MemberEvent::Recomputed { round: plan.round, attempt: plan.attempt, verdict };
@@ -194,7 +194,7 @@ fn a_member_gives_up_what_it_has_not_encoded_and_merges_what_the_others_commit()
     let (term, round, fragment) = (plan.term, plan.round, plan.fragment);
     let other = rounds::Contributor { site: SiteId(1 - site.0), tokens: 1, delta_hash: HASH, delta_bytes: 16 };
     let commit = rounds::Commit { term, round, fragment, contributors: vec![other], ..rounds::Commit::initial() };
-    happens(MemberEvent::Directive(Directive::Commit(commit)));
+    happens(MemberEvent::Directive(Directive::Commit(commit.into())));
     let commands = happens(MemberEvent::DeltaHeld { round, from: other.site });
     assert!(commands.iter().any(|command| matches!(command, MemberCommand::Merge(_))), "{commands:?}");
 }

@@ -8,6 +8,7 @@ use base::{ContentHash, ParameterSchema, Round, SiteId};
 use rounds::coordinator::Note;
 use rounds::plan::{Contribution, Directive, Peer, Report};
 use rounds::{Command, Coordinator, Event, RoundPlan, Settings};
+use std::sync::Arc;
 
 const SEQUENCE_LENGTH: u64 = 16;
 const STEPS: u64 = 20;
@@ -50,7 +51,7 @@ impl Lockstep {
     fn tell(&mut self, event: Event) {
         for command in self.coordinator.handle(event, 0.0) {
             match command {
-                Command::Send(_, Directive::Begin(plan)) => self.plan = Some(plan),
+                Command::Send(_, Directive::Begin(plan)) => self.plan = Some(Arc::unwrap_or_clone(plan)),
                 Command::Send(_, Directive::Dropped { reason }) => panic!("{reason:?}"),
                 Command::Note(Note::SharesMoved { .. }) => self.moves += 1,
                 _ => {}

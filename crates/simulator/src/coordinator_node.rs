@@ -118,7 +118,8 @@ impl Outlet for Out<'_> {
         }
         let message = match (self.around.sabotage, message) {
             (Some(Sabotage::LeaseTwice), FromCoordinator::Directive(Directive::Begin(plan))) => {
-                FromCoordinator::Directive(Directive::Begin(self.ways.with_leases_of_the_round_before(plan)))
+                let plan = self.ways.with_leases_of_the_round_before(Arc::unwrap_or_clone(plan));
+                FromCoordinator::Directive(Directive::Begin(Arc::new(plan)))
             }
             (_, message) => message,
         };

@@ -241,8 +241,8 @@ impl<'a> World<'a> {
         for command in self.coordinator.handle(event, 0.0) {
             match command {
                 Command::Persist(record) => self.records.push(record),
-                Command::Send(_, Directive::Begin(plan)) => self.plan = Some(plan),
-                Command::Send(_, Directive::Commit(commit)) => self.commit = Some(commit),
+                Command::Send(_, Directive::Begin(plan)) => self.plan = Some(Arc::unwrap_or_clone(plan)),
+                Command::Send(_, Directive::Commit(commit)) => self.commit = Some(Arc::unwrap_or_clone(commit)),
                 Command::Send(site, Directive::Dropped { reason }) => panic!("{site} was dropped: {reason:?}"),
                 Command::Note(Note::Diverged { site, round, .. }) => panic!("I1: {site} differs after {round}"),
                 Command::Send(..) | Command::Note(_) | Command::Done => {}

@@ -40,7 +40,7 @@ impl Site {
 
     /// Whether what it holds is a state that it was sent to fetch.
     fn has_fetched(&self) -> bool {
-        self.held.is_some_and(|(round, _)| round > Round(0) && round == self.asked.round)
+        self.held().is_some_and(|(round, _)| round > Round(0) && round == self.asked.round)
     }
 }
 
@@ -49,13 +49,14 @@ impl Coordinator {
     pub(super) fn may_fetch(&mut self) -> bool {
         self.forget_the_awaited();
         let in_vain =
-            |(_, site): &(&SiteId, &mut Site)| site.since.is_none() && site.has_fetched() && !site.asked.is_awaited;
+            |id: &&SiteId| self.sites.get(id).is_some_and(|site| site.has_fetched() && !site.asked.is_awaited);
         if self.awaited.is_none()
-            && let Some((id, site)) = self.sites.iter_mut().find(in_vain)
+            && let Some(id) = self.sites.waiting().iter().find(in_vain).copied()
+            && let Some(site) = self.sites.get_mut(&id)
         {
             let ticks_left = (2 * site.asked.ticks + WORDS_TICKS).min(AWAITED_TICKS_MAX);
             site.asked.is_awaited = true;
-            self.awaited = Some(Awaited { site: *id, ticks_left });
+            self.awaited = Some(Awaited { site: id, ticks_left });
         }
         self.awaited.is_none() || (self.open.is_empty() && self.last().state_hash.is_some())
     }
@@ -66,16 +67,16 @@ impl Coordinator {
         self.awaited.is_some()
     }
 
-    fn forget_the_awaited(&mut self) {
+    pub(super) fn forget_the_awaited(&mut self) {
         let is_coming = |awaited: &mut Awaited| {
-            awaited.ticks_left > 0 && self.sites.get(&awaited.site).is_some_and(|site| site.since.is_none())
+            awaited.ticks_left > 0 && self.sites.get(&awaited.site).is_some_and(|site| site.since().is_none())
         };
         self.awaited.take_if(|awaited| !is_coming(awaited));
     }
 
     /// A second has passed.
     pub(super) fn count_fetches(&mut self) {
-        for site in self.sites.values_mut().filter(|site| site.is_fetching) {
+        for (_, site) in self.sites.iter_mut().filter(|(_, site)| site.is_fetching) {
             site.asked.ticks = site.asked.ticks.saturating_add(1);
         }
         // Before that the open rounds close, each by its deadline.

@@ -32,6 +32,12 @@ impl Away {
         }
     }
 
+    /// Sites that are expected.
+    #[cfg(test)]
+    pub(super) fn entries(&self) -> usize {
+        self.0.len()
+    }
+
     /// Inner steps, of `steps`, that the sites with these weights make in the time that all of them make with those who are expected.
     ///
     /// Where `site` of `present` is the same as one that was away, it is back.

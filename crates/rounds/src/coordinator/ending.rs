@@ -16,17 +16,20 @@ impl Coordinator {
             return;
         }
         let Some(state_hash) = state_hash else { return };
-        let (holders, others): (Vec<SiteId>, Vec<SiteId>) =
-            self.sites.keys().copied().partition(|site| self.sites[site].since.is_some());
-        if holders.is_empty() {
+        if self.sites.current().is_empty() {
             // Nobody is left to give the final state to those who were still on their way.
+            let others: Vec<SiteId> = self.sites.keys().copied().collect();
             for site in others {
                 self.drop_site(site, LeaveReason::Finished, commands);
             }
             commands.push(Command::Done);
             return;
         }
-        let untold: Vec<SiteId> = holders.into_iter().filter(|site| told.insert(*site)).collect();
+        if told.len() == self.sites.current().len() {
+            // Who was told and has left is not among them any more.
+            return;
+        }
+        let untold: Vec<SiteId> = self.sites.current().iter().copied().filter(|site| told.insert(*site)).collect();
         if !untold.is_empty() && self.told_over.replace(round) != Some(round) {
             commands.push(Command::Persist(Record::Over { round }));
         }

@@ -10,6 +10,7 @@ use crate::schedule::lookahead;
 use base::config::SyncSection;
 use base::{ContentHash, ParameterSchema, Round, RunConfig, SiteId, Term};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// What the decisions depend on.
 #[derive(Debug, Clone, PartialEq)]
@@ -235,7 +236,7 @@ pub enum Note {
         reason: LeaveReason,
     },
     /// Work was handed out.
-    RoundStarted(RoundPlan),
+    RoundStarted(Arc<RoundPlan>),
     /// A site finished its inner steps.
     Computed {
         /// Who.
@@ -248,7 +249,7 @@ pub enum Note {
     /// A round closed.
     Committed {
         /// With what.
-        commit: Commit,
+        commit: Arc<Commit>,
         /// Since it began.
         seconds: f64,
         /// Sums after it.
@@ -306,7 +307,7 @@ pub enum Note {
         /// The first of them.
         round: Round,
         /// From what to what, and why.
-        change: Change,
+        change: Box<Change>,
     },
     /// Deltas travel another way than in the rounds before, from this one on or in this one.
     ExchangeChosen {

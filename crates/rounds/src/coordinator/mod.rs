@@ -19,18 +19,26 @@
 //! Where settings are adaptive, rounds follow the links that sites measure on their traffic ([`tuning`]).
 //!
 //! It never touches a tensor: it compares hashes.
+//!
+//! A word of a site costs O(log n) of n sites and nothing else that grows with them, but for the messages that follow from it: what is asked after
+//! every event is kept, not counted ([`sites`], [`holdings`], [`polls`]). What it remembers does not grow with the rounds ([`history`]).
 
 mod awaited;
 mod away;
 mod ending;
 mod grace;
+mod history;
+mod holdings;
 mod interface;
 mod newcomers;
 mod open_round;
+mod peers;
+mod polls;
 mod recompute;
 mod reduction;
 mod regroup;
 mod sharded;
+mod sites;
 mod tuning;
 
 pub use interface::{Command, Committed, Event, Lateness, Note, Record, Settings};
@@ -38,20 +46,22 @@ pub use interface::{Command, Committed, Event, Lateness, Note, Record, Settings}
 use crate::adaptive::Choice;
 use crate::exchange::PARTS_MAX;
 use crate::ledger::Ledger;
-use crate::plan::{
-    Assignment, Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan, SiteDevice,
-};
+use crate::plan::{Assignment, Commit, Contribution, Directive, FragmentPlan, LeaveReason, Peer, Report, RoundPlan};
 use crate::recompute::Checks;
 use crate::schedule::{self, Effects, fragment_of, lookahead};
 use crate::shares::{Speed, follow, portions};
 use crate::witness::Answer;
-use awaited::{Asked, Awaited};
+use awaited::Awaited;
 use away::Away;
 use base::config::SyncSection;
 use base::{ContentHash, Round, SiteId, Term};
 use grace::Grace;
+use history::History;
 use open_round::{Delivery, OpenRound};
+use peers::PeersTold;
+use polls::{Polls, most_frequent};
 use sharded::Exchanges;
+use sites::{Owed, Site, Sites};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use tuning::Tuning;
@@ -69,74 +79,6 @@ const TOKENS_PER_SECOND_MAX: f64 = 1e15;
 /// Sites pulse every 2 s: after this long without a word one counts as silent.
 const SILENCE_SECONDS: f64 = 6.0;
 
-/// What a site was asked to do in a round.
-#[derive(Debug, Clone, Copy)]
-struct Owed {
-    attempt: u32,
-    samples: u64,
-}
-
-#[derive(Debug, Clone)]
-struct Site {
-    peer: Peer,
-    /// What it computes on, as far as it has said.
-    device: SiteDevice,
-    /// The state it says it holds; `None` before it is ready, and while it fetches one.
-    held: Option<(Round, ContentHash)>,
-    /// It takes part: from the state of this round on it has been sent every commit.
-    since: Option<Round>,
-    /// The last commit when that began: it has the deltas of later ones, or can have them from those that had them then.
-    placed_at: Round,
-    /// The last commit that it says it has applied.
-    applied: Round,
-    /// Tokens a second.
-    speed: Speed,
-    /// Each round that it has not reported yet.
-    owed: BTreeMap<Round, Owed>,
-    /// Tokens trained on since it joined.
-    trained_tokens: u64,
-    /// The same when the snapshot of each fragment was taken that was merged last.
-    merged_tokens: BTreeMap<u32, u64>,
-    /// When a word of it was last heard.
-    heard: f64,
-    /// For how many ticks nobody has had the deltas that it lacks, as far as is known.
-    stranded_ticks: u32,
-    /// For how many ticks it has been here without a word of what it holds, though nothing was asked of it.
-    unready_ticks: u32,
-    /// How many times it was recalled over this connection ([`regroup`]), and whether it has yet to answer.
-    recalls: u32,
-    is_recalled: bool,
-    /// It was asked to fetch a state, and has yet to say what came of it.
-    is_fetching: bool,
-    asked: Asked,
-}
-
-impl Site {
-    fn new(peer: Peer, now: f64) -> Self {
-        let (owed, merged_tokens) = (BTreeMap::new(), BTreeMap::new());
-        let (speed, applied, placed_at) = (Speed::new(1.0), Round(0), Round(0));
-        Self {
-            peer,
-            device: SiteDevice::default(),
-            held: None,
-            since: None,
-            placed_at,
-            applied,
-            speed,
-            owed,
-            trained_tokens: 0,
-            merged_tokens,
-            heard: now,
-            stranded_ticks: 0,
-            unready_ticks: 0,
-            recalls: 0,
-            is_recalled: false,
-            is_fetching: false,
-            asked: Asked::default(),
-        }
-    }
-}
-
 #[derive(Debug, Clone)]
 enum Phase {
     Working,
@@ -149,11 +91,11 @@ enum Phase {
 pub struct Coordinator {
     settings: Settings,
     term: Term,
-    history: Vec<Committed>,
+    history: History,
     ledger: Ledger,
-    sites: BTreeMap<SiteId, Site>,
-    /// What each site holds after each commit that is not settled.
-    votes: BTreeMap<Round, BTreeMap<SiteId, ContentHash>>,
+    sites: Sites,
+    peers_told: PeersTold,
+    polls: Polls,
     /// Ascending, the next to be committed first.
     open: VecDeque<OpenRound>,
     phase: Phase,
@@ -195,18 +137,14 @@ impl Coordinator {
         initial_hash: ContentHash,
         records: impl IntoIterator<Item = Record>,
     ) -> (Self, Record) {
-        let (initial, ledger) = (Commit::initial(), Ledger::default());
-        let mut history = vec![Committed { commit: initial, ledger, state_hash: Some(initial_hash) }];
+        let mut history = History::new(initial_hash);
         let (mut term, mut settings, mut schedule_from, mut told_over) = (Term(0), settings, Round(1), None);
         for record in records {
             match record {
                 Record::TermStarted { term: started } => term = term.max(started),
-                Record::Committed(committed) => history.push(*committed),
-                Record::StateHash { round, state_hash } => {
-                    for committed in history.iter_mut().filter(|committed| committed.commit.round == round) {
-                        committed.state_hash = Some(state_hash);
-                    }
-                }
+                // In a new term nobody follows from an older state than the last.
+                Record::Committed(committed) => history.push(*committed, 0),
+                Record::StateHash { round, state_hash } => history.settle(round, state_hash),
                 // Ignored where somebody has turned it off since.
                 Record::SettingsChanged { round, choice, .. } if settings.sync.adaptive => {
                     settings = settings.with(&choice);
@@ -229,8 +167,9 @@ impl Coordinator {
             term,
             history,
             ledger: Ledger::default(),
-            sites: BTreeMap::new(),
-            votes: BTreeMap::new(),
+            sites: Sites::default(),
+            peers_told: PeersTold::default(),
+            polls: Polls::default(),
             open: VecDeque::new(),
             phase: Phase::Working,
             grace: Grace::default(),
@@ -263,8 +202,8 @@ impl Coordinator {
 
     /// Committed rounds at the end of the history in which nobody trained.
     fn flushes_committed(&self) -> u32 {
-        let commits = self.history.windows(2).rev();
-        commits.take_while(|pair| pair[0].commit.step == pair[1].commit.step).count() as u32
+        let steps = || self.history.newest_first().map(|committed| committed.commit.step);
+        steps().zip(steps().skip(1)).take_while(|(step, before)| step == before).count() as u32
     }
 
     /// The current term.
@@ -274,13 +213,12 @@ impl Coordinator {
 
     /// The last commit and its state.
     pub fn last(&self) -> &Committed {
-        self.history.last().unwrap_or_else(|| unreachable!("round 0 is always there"))
+        self.history.last()
     }
 
     /// Inner steps of the run up to the end of a committed round; 0 where it is not known.
     pub fn step_of(&self, round: Round) -> u64 {
-        let known = self.history.iter().rev().find(|committed| committed.commit.round == round);
-        known.map_or(0, |committed| committed.commit.step)
+        self.history.get(round).map_or(0, |committed| committed.commit.step)
     }
 
     /// Sample accounting so far.
@@ -317,10 +255,6 @@ impl Coordinator {
         }
     }
 
-    fn current(&self) -> Vec<SiteId> {
-        self.sites.iter().filter(|(_, site)| site.since.is_some()).map(|(id, _)| *id).collect()
-    }
-
     fn lookahead(&self) -> u64 {
         lookahead(self.settings.steps_per_round, self.settings.sync.overlap_steps)
     }
@@ -328,13 +262,8 @@ impl Coordinator {
     fn connected(&mut self, peer: Peer, now: f64, commands: &mut Vec<Command>) {
         // A site that connects anew has lost what it held in memory: it starts over as a newcomer.
         self.remove(peer.site, LeaveReason::ConnectionLost, commands);
-        self.sites.insert(peer.site, Site::new(peer, now));
+        self.sites.insert(Site::new(peer, now));
         self.tell_peers(commands);
-    }
-
-    fn tell_peers(&self, commands: &mut Vec<Command>) {
-        let peers: Arc<[Peer]> = self.sites.values().map(|site| site.peer.clone()).collect();
-        commands.extend(self.sites.keys().map(|site| Command::Send(*site, Directive::Peers(peers.clone()))));
     }
 
     fn reported(&mut self, site: SiteId, report: Report, commands: &mut Vec<Command>) {
@@ -380,7 +309,7 @@ impl Coordinator {
     /// Whether a site answers a plan for that round which was withdrawn: it had not heard of the present one yet, or has no part in the run
     /// until it says what it holds.
     fn is_outdated(&self, id: SiteId, round: Round, attempt: u32) -> bool {
-        let Some(site) = self.sites.get(&id).filter(|site| site.since.is_some()) else { return true };
+        let Some(site) = self.sites.get(&id).filter(|site| site.since().is_some()) else { return true };
         let open = self.open.iter().find(|open| open.plan.round == round).map(|open| open.plan.attempt);
         let owed = site.owed.get(&round).map(|owed| owed.attempt);
         open.or(owed).is_some_and(|present| present != attempt)
@@ -400,8 +329,9 @@ impl Coordinator {
         if !(tokens_per_second > 0.0 && tokens_per_second <= TOKENS_PER_SECOND_MAX) {
             return self.drop_site(id, LeaveReason::Misbehaved, commands);
         }
+        self.sites.hold(id, held);
         if let Some(site) = self.sites.get_mut(&id) {
-            (site.held, site.is_recalled, site.is_fetching) = (Some(held), false, false);
+            (site.is_recalled, site.is_fetching) = (false, false);
             site.speed = Speed::new(tokens_per_second);
             commands.push(Command::Send(id, Directive::Lead { term: self.term }));
             commands.push(Command::Note(Note::SiteReady { site: id, tokens_per_second }));
@@ -411,7 +341,7 @@ impl Coordinator {
     fn applied(&mut self, id: SiteId, round: Round, state_hash: ContentHash, commands: &mut Vec<Command>) {
         let last = self.last().commit.round;
         let Some(site) = self.sites.get_mut(&id) else { return };
-        let Some(since) = site.since else { return };
+        let Some(since) = site.since() else { return };
         if round == site.applied {
             // Said twice: the first word counts.
             return;
@@ -420,7 +350,7 @@ impl Coordinator {
             return self.drop_site(id, LeaveReason::Misbehaved, commands);
         }
         site.applied = round;
-        self.votes.entry(round).or_default().insert(id, state_hash);
+        self.polls.vote(id, round, state_hash);
     }
 
     fn computed(
@@ -462,8 +392,7 @@ impl Coordinator {
             return Self::tell_slices(open, id, slice_hashes, commands);
         }
         let directive = Self::delta_ready(open, id);
-        let others = self.sites.iter().filter(|(other, site)| **other != id && site.since.is_some());
-        commands.extend(others.map(|(other, _)| Command::Send(*other, directive.clone())));
+        tell_others(self.sites.current(), id, &directive, commands);
     }
 
     fn delta_ready(open: &OpenRound, site: SiteId) -> Directive {
@@ -477,7 +406,7 @@ impl Coordinator {
     }
 
     fn remove(&mut self, id: SiteId, reason: LeaveReason, commands: &mut Vec<Command>) {
-        if self.sites.remove(&id).is_none() {
+        if self.sites.remove(id).is_none() {
             return;
         }
         self.exchanges.links.forget(id);
@@ -492,16 +421,13 @@ impl Coordinator {
 
     /// Goes on without what a site was to do and say: it has left, or begins anew.
     fn withdraw(&mut self, id: SiteId, distrusted: bool) {
-        self.votes.values_mut().for_each(|votes| {
-            votes.remove(&id);
-        });
+        self.polls.leave(id);
         if let Phase::Finishing(told) = &mut self.phase {
             told.remove(&id);
         }
-        let others = self.current();
         let mut kept = Round(0);
         for open in &mut self.open {
-            if open.remove(id, &others, distrusted) {
+            if open.remove(id, self.sites.current(), distrusted) {
                 kept = open.plan.round;
             }
         }
@@ -530,6 +456,7 @@ impl Coordinator {
     }
 
     fn enforce_deadline(&mut self, now: f64, commands: &mut Vec<Command>) {
+        self.tell_peers_of_the_tick(commands);
         self.drop_the_hopeless(commands);
         self.recall_the_stranded(commands);
         let Some(front) = self.open.front() else { return };
@@ -547,10 +474,10 @@ impl Coordinator {
             front.fall_back("it was not merged before the deadline".to_owned());
         }
         let front = self.open.front().filter(|front| front.reduction.is_none() && front.fell_back.is_none());
-        for site in front.map(|front| front.held_by_nobody_else(&self.current())).unwrap_or_default() {
+        for site in front.map(|front| front.held_by_nobody_else(self.sites.current())).unwrap_or_default() {
             self.drop_site(site, LeaveReason::DeltaUnwanted, commands);
         }
-        for site in self.current() {
+        for site in self.sites.current().to_vec() {
             let Some(front) = self.open.front().filter(|front| front.fell_back.is_none()) else { return };
             if !front.holds_all(site) {
                 self.drop_site(site, LeaveReason::DeltasMissing, commands);
@@ -562,12 +489,11 @@ impl Coordinator {
     fn drop_the_hopeless(&mut self, commands: &mut Vec<Command>) {
         let last = self.last().commit.round;
         let kept = self.rounds_kept();
-        for site in self.current() {
-            let Some(Site { since: Some(since), applied, owed, .. }) = self.sites.get(&site) else { continue };
-            let reached = applied.max(since);
-            let behind = last.0.saturating_sub(reached.0);
+        for site in self.sites.current().to_vec() {
+            let Some(known) = self.sites.get(&site) else { continue };
+            let behind = known.reached().map_or(0, |reached| last.0.saturating_sub(reached.0));
             if behind > kept {
-                let slow = owed.keys().next().is_some_and(|round| *round <= last);
+                let slow = known.owed.keys().next().is_some_and(|round| *round <= last);
                 let reason = if slow { LeaveReason::TooSlow } else { LeaveReason::DeltasMissing };
                 self.drop_site(site, reason, commands);
             }
@@ -575,7 +501,7 @@ impl Coordinator {
     }
 
     fn rounds_kept(&self) -> u64 {
-        self.settings.rounds_kept(self.last().commit.fragment, self.current().len())
+        self.settings.rounds_kept(self.last().commit.fragment, self.sites.current().len())
     }
 
     /// Takes every step that has become possible.
@@ -596,19 +522,9 @@ impl Coordinator {
 
     /// Settles what the state after each commit is, once every site that was sent it has said what it holds (I1).
     fn agree(&mut self, commands: &mut Vec<Command>) {
-        loop {
-            // Commits are settled in order.
-            let index = self.history.partition_point(|committed| committed.state_hash.is_some());
-            let Some(round) = self.history.get(index).map(|committed| committed.commit.round) else { return };
-            let Some(votes) = self.votes.get(&round) else { return };
-            let is_voter = |site: &Site| site.since.is_some_and(|since| since < round);
-            let all_said = self.sites.iter().all(|(id, site)| !is_voter(site) || votes.contains_key(id));
-            if !all_said || !self.sites.values().any(is_voter) {
-                return;
-            }
-            let votes = self.votes.remove(&round).unwrap_or_default();
+        while let Some((round, votes)) = self.polls.take_settled() {
             let state_hash = most_frequent(&votes);
-            self.history[index].state_hash = Some(state_hash);
+            self.history.settle(round, state_hash);
             commands.push(Command::Persist(Record::StateHash { round, state_hash }));
             for (site, found) in votes.into_iter().filter(|(_, found)| *found != state_hash) {
                 commands.push(Command::Note(Note::Diverged { site, round, expected: state_hash, found }));
@@ -636,27 +552,29 @@ impl Coordinator {
 
     /// The contributors with which the oldest open round closes now, if it does.
     fn closing(&mut self, now: f64) -> Option<Vec<SiteId>> {
-        let current = self.current();
-        if current.is_empty() || self.open.front()?.deliveries.is_empty() {
+        if self.sites.current().is_empty() || self.open.front()?.deliveries.is_empty() {
             return None;
         }
         let (enough, waited, is_over) = self.patience(0, now);
         let window = self.grace.window(self.open[0].overlap_seconds, self.settings.sync.grace_seconds);
-        let front = self.open.front_mut()?;
+        let (front, current) = (self.open.front_mut()?, self.sites.current());
         if let Some(reduction) = &mut front.reduction {
-            if let Some(contributors) = reduction.spread_over(&current) {
+            if let Some(contributors) = reduction.spread_over(current) {
                 return Some(contributors.to_vec());
             }
             // Only where a quorum may close a round at all is somebody left behind who has not fetched the merge yet.
-            let contributors = reduction.spread_over_some(&current, enough).filter(|_| is_over)?.to_vec();
+            if !is_over {
+                return None;
+            }
+            let contributors = reduction.spread_over_some(current, enough)?.to_vec();
             let since = *reduction.spread_since.get_or_insert(now);
             return (now - since >= window).then_some(contributors);
         }
-        if front.is_complete(&current) {
+        if front.is_complete(current) {
             self.grace.observe(waited);
             return Some(front.deliveries.keys().copied().collect());
         }
-        if is_over { front.common(&current, enough) } else { None }
+        if is_over { front.common(current, enough) } else { None }
     }
 
     fn commit(&mut self, contributors: &[SiteId], now: f64, commands: &mut Vec<Command>) {
@@ -678,17 +596,19 @@ impl Coordinator {
         let commit = Commit { term: self.term, round, fragment, contributors, cursor, step, samples, parts };
         let committed = Committed { commit: commit.clone(), ledger: self.ledger.clone(), state_hash: None };
         commands.push(Command::Persist(Record::Committed(Box::new(committed.clone()))));
-        self.history.push(committed);
+        self.history.push(committed, self.rounds_kept() as usize);
+        self.polls.open(round, self.sites.current());
         self.ask_witnesses(&open.plan, commands);
-        let current = self.current();
-        commands.extend(current.into_iter().map(|site| Command::Send(site, Directive::Commit(commit.clone()))));
+        let commit = Arc::new(commit);
+        tell(self.sites.current(), &Directive::Commit(Arc::clone(&commit)), commands);
         let (seconds, totals) = (now - open.began, self.ledger.totals());
         commands.push(Command::Note(Note::Committed { commit, seconds, totals }));
     }
 
     fn name_stragglers(&self, open: &OpenRound, contributors: &[SiteId], now: f64, commands: &mut Vec<Command>) {
         let waited_seconds = open.quorum_since.map_or(0.0, |since| now - since);
-        for site in open.workers().filter(|site| !contributors.contains(site)) {
+        // Contributors are ascending.
+        for site in open.workers().filter(|site| contributors.binary_search(site).is_err()) {
             let silent = self.sites.get(&site).is_none_or(|site| now - site.heard > SILENCE_SECONDS);
             let reason = match open.deliveries.contains_key(&site) {
                 true => Lateness::SlowLink,
@@ -703,7 +623,7 @@ impl Coordinator {
     /// Begins anew where nobody works any more for the round that must commit next.
     fn abandon_without_workers(&mut self, commands: &mut Vec<Command>) {
         let Some(front) = self.open.front() else { return };
-        if !front.plan.assignments.is_empty() && !self.current().is_empty() {
+        if !front.plan.assignments.is_empty() && !self.sites.current().is_empty() {
             return;
         }
         let round = front.plan.round;
@@ -722,11 +642,11 @@ impl Coordinator {
         // Who is told of another plan for a round begins anew from the global state: nothing that it has not given to a merge is left. Nor will
         // anything be merged of those that have left.
         let parted = std::mem::take(&mut self.parted).into_keys();
-        for site in self.current().into_iter().chain(parted) {
+        for site in self.sites.current().iter().copied().chain(parted) {
             self.ledger.rounds_leased(site).into_iter().for_each(|leased| self.ledger.give_back(leased, site));
         }
         let fragments = self.settings.sync.fragments;
-        for site in self.sites.values_mut() {
+        for (_, site) in self.sites.iter_mut() {
             site.owed.clear();
             site.merged_tokens = (0..fragments).map(|index| (index, site.trained_tokens)).collect();
         }
@@ -752,9 +672,9 @@ impl Coordinator {
             }
             return false;
         }
-        let current = self.current();
-        let too_few = last == Round(0) && current.len() < self.settings.sites as usize;
-        if !self.started || current.is_empty() || too_few || self.open.len() as u64 > self.lookahead() {
+        let sites = self.sites.current().len();
+        let too_few = last == Round(0) && sites < self.settings.sites as usize;
+        if !self.started || sites == 0 || too_few || self.open.len() as u64 > self.lookahead() {
             return false;
         }
         if self.is_waiting() {
@@ -764,7 +684,7 @@ impl Coordinator {
         if !self.adapt(round, planned_steps, commands) {
             return false;
         }
-        let fragments = self.settings.sync.fragments;
+        let (fragments, current) = (self.settings.sync.fragments, self.sites.current().to_vec());
         let steps = self.steps_of_round(round, self.settings.steps_total - planned_steps, &current);
         self.flushes = if steps == 0 { self.flushes + 1 } else { 0 };
         let fragment = FragmentPlan {
@@ -838,8 +758,9 @@ impl Coordinator {
     }
 
     fn open_round(&mut self, plan: RoundPlan, current: &[SiteId], now: f64, commands: &mut Vec<Command>) {
-        commands.extend(current.iter().map(|site| Command::Send(*site, Directive::Begin(plan.clone()))));
-        commands.push(Command::Note(Note::RoundStarted(plan.clone())));
+        let told = Arc::new(plan.clone());
+        tell(current, &Directive::Begin(Arc::clone(&told)), commands);
+        commands.push(Command::Note(Note::RoundStarted(told)));
         let seconds = |assignment: &Assignment| {
             let tokens = (assignment.samples * self.settings.sequence_length) as f64;
             self.sites.get(&assignment.site).map_or(0.0, |site| tokens / site.speed.newest)
@@ -882,12 +803,17 @@ impl Coordinator {
     }
 }
 
-/// The hash that most sites hold; among equals that of the lowest site id.
-fn most_frequent(votes: &BTreeMap<SiteId, ContentHash>) -> ContentHash {
-    let mut counts: BTreeMap<ContentHash, usize> = BTreeMap::new();
-    for hash in votes.values() {
-        *counts.entry(*hash).or_default() += 1;
-    }
-    let first = votes.values().next().copied().unwrap_or_default();
-    counts.iter().fold(first, |best, (hash, count)| if *count > counts[&best] { *hash } else { best })
+/// Says the same to all of these.
+fn tell(sites: &[SiteId], directive: &Directive, commands: &mut Vec<Command>) {
+    commands.reserve(sites.len());
+    commands.extend(sites.iter().map(|site| Command::Send(*site, directive.clone())));
 }
+
+/// The same to all but one.
+fn tell_others(sites: &[SiteId], but: SiteId, directive: &Directive, commands: &mut Vec<Command>) {
+    commands.reserve(sites.len());
+    commands.extend(sites.iter().filter(|site| **site != but).map(|site| Command::Send(*site, directive.clone())));
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,11 @@
 //! A round between its plan and its commit: who has delivered, who holds what, and when that is enough.
 
+use super::holdings::Holdings;
 use super::reduction::Reduction;
 use crate::plan::{Contribution, Contributor, RoundPlan};
 use base::SiteId;
-use std::collections::{BTreeMap, BTreeSet};
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 
 /// What a site has delivered for a round.
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +31,8 @@ pub(super) struct OpenRound {
     /// Since when a quorum has delivered.
     pub(super) quorum_since: Option<f64>,
     pub(super) deliveries: BTreeMap<SiteId, Delivery>,
-    holds: BTreeMap<SiteId, BTreeSet<SiteId>>,
+    /// Of the deltas.
+    holdings: Holdings,
     /// Where the round is sharded.
     pub(super) reduction: Option<Reduction>,
     /// Why it is not any more, until sites are told.
@@ -47,7 +50,7 @@ impl OpenRound {
             overlap_seconds,
             quorum_since: None,
             deliveries: BTreeMap::new(),
-            holds: BTreeMap::new(),
+            holdings: Holdings::default(),
             fell_back: None,
         }
     }
@@ -69,6 +72,11 @@ impl OpenRound {
         self.workers().filter(|site| !self.deliveries.contains_key(site)).collect()
     }
 
+    /// Whether every worker has delivered: nobody else can, and whose work is withdrawn is in neither list.
+    pub(super) fn is_delivered(&self) -> bool {
+        self.deliveries.len() == self.plan.assignments.len()
+    }
+
     /// Sites that are enough for a commit.
     pub(super) fn quorum(&self, part: f64) -> usize {
         let workers = self.plan.assignments.len();
@@ -77,41 +85,40 @@ impl OpenRound {
 
     pub(super) fn deliver(&mut self, site: SiteId, delivery: Delivery) {
         self.deliveries.insert(site, delivery);
-        self.holds.entry(site).or_default().insert(site);
+        self.holdings.announce(site);
+        self.holdings.hold(site, site);
+        if let Some(reduction) = &mut self.reduction {
+            reduction.deliver(site);
+        }
     }
 
     /// `site` holds the delta of `from`.
     pub(super) fn hold(&mut self, site: SiteId, from: SiteId) {
-        if self.deliveries.contains_key(&from) {
-            self.holds.entry(site).or_default().insert(from);
-        }
-    }
-
-    pub(super) fn holds(&self, site: SiteId, from: SiteId) -> bool {
-        self.holds.get(&site).is_some_and(|held| held.contains(&from))
+        self.holdings.hold(site, from);
     }
 
     /// Whether `site` holds what is to be merged: every delta that was delivered, or every merged part.
     pub(super) fn holds_all(&self, site: SiteId) -> bool {
-        if let Some(reduction) = &self.reduction {
-            return reduction.holds_all(site);
+        match &self.reduction {
+            Some(reduction) => reduction.holds_all(site),
+            None => self.holdings.holds_all(site),
         }
-        self.deliveries.keys().all(|from| self.holds(site, *from))
     }
 
     /// Sites whose delta no other current site holds, of at least two: it cannot be fetched, or is none. Of two sites nobody can say which
     /// one errs.
     pub(super) fn held_by_nobody_else(&self, current: &[SiteId]) -> Vec<SiteId> {
-        let holds_none = |from: &SiteId| {
-            let mut others = current.iter().filter(|site| *site != from);
-            others.clone().count() >= 2 && !others.any(|site| self.holds(*site, *from))
-        };
-        self.deliveries.keys().copied().filter(|from| current.contains(from) && holds_none(from)).collect()
+        if current.len() < 3 {
+            return Vec::new();
+        }
+        let is_current = |from: &SiteId| current.binary_search(from).is_ok();
+        let by_itself = |from: &SiteId| current.iter().all(|site| site == from || !self.holdings.holds(*site, *from));
+        self.holdings.held_once(current).into_iter().filter(|from| is_current(from) && by_itself(from)).collect()
     }
 
     /// Every worker has delivered, and every current site holds every delta.
     pub(super) fn is_complete(&self, current: &[SiteId]) -> bool {
-        self.missing().is_empty() && current.iter().all(|site| self.holds_all(*site))
+        self.is_delivered() && self.holdings.all_hold_all(current)
     }
 
     /// Forgets a site that left. Its delta stays where every other current site holds it, or a merge of it, unless `distrusted`. True
@@ -121,20 +128,18 @@ impl OpenRound {
         let is_held = !distrusted
             && self.deliveries.contains_key(&site)
             && !others.is_empty()
-            && others.iter().all(|other| self.holds(*other, site));
+            && others.iter().all(|other| self.holdings.holds(*other, site));
         let stays = is_merged || is_held;
         if !stays {
             self.deliveries.remove(&site);
             self.plan.assignments.retain(|assignment| assignment.site != site);
-            self.holds.values_mut().for_each(|held| {
-                held.remove(&site);
-            });
+            self.holdings.withdraw(site);
         }
         if let Some(delivery) = self.deliveries.get_mut(&site) {
             // Should it come back, it begins to count anew.
             delivery.trained_tokens = 0;
         }
-        self.holds.remove(&site);
+        self.holdings.forget(site);
         stays
     }
 
@@ -142,17 +147,12 @@ impl OpenRound {
     /// hold, so that whoever lacks one can fetch it from any of these. Among sites that hold equally many, lower ids first.
     /// `None` where no such set holds as many deltas as the quorum.
     pub(super) fn common(&self, current: &[SiteId], quorum: usize) -> Option<Vec<SiteId>> {
-        let held = |site: &SiteId| self.holds.get(site).map_or(0, BTreeSet::len);
         let mut holders: Vec<SiteId> = current.to_vec();
-        holders.sort_by_key(|site| (std::cmp::Reverse(held(site)), *site));
-        let shared = |holders: &[SiteId]| -> Vec<SiteId> {
-            let by_all = |from: &&SiteId| holders.iter().all(|site| self.holds(*site, **from));
-            self.deliveries.keys().filter(by_all).copied().collect()
-        };
-        let enough = quorum.min(holders.len()).max(1);
-        // Of equally large sets the last: the one that most sites hold.
-        let sets = (enough..=holders.len()).map(|count| shared(&holders[..count]));
-        sets.filter(|set| set.len() >= quorum).max_by_key(Vec::len)
+        holders.sort_by_key(|site| (Reverse(self.holdings.count(*site)), *site));
+        // What more of them all hold can only be less.
+        holders.truncate(quorum.max(1));
+        let set = self.holdings.held_by_all(&holders);
+        (!holders.is_empty() && set.len() >= quorum).then_some(set)
     }
 }
 

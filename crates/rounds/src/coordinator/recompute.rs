@@ -61,7 +61,7 @@ impl Coordinator {
         match consequence {
             Consequence::Ignore | Consequence::GoOn => {}
             // One that takes no part has begun anew already.
-            Consequence::BeginAnew if self.sites.get(&site).is_none_or(|site| site.since.is_none()) => {}
+            Consequence::BeginAnew if self.sites.get(&site).is_none_or(|site| site.since().is_none()) => {}
             Consequence::BeginAnew => self.recall(site, true, commands),
             Consequence::Leave => self.drop_site(site, LeaveReason::StepsDiffer, commands),
         }
@@ -95,13 +95,14 @@ impl Coordinator {
     /// Others that take part and compute as that site does.
     fn alike(&self, id: SiteId) -> Vec<SiteId> {
         let kind = |id: &SiteId| {
-            let site = self.sites.get(id).filter(|site| site.since.is_some())?;
+            let site = self.sites.get(id).filter(|site| site.since().is_some())?;
             Some(site.device.kind()).filter(|kind| !kind.is_empty())
         };
         let Some(wanted) = kind(&id).filter(|_| self.settings.schema.parameters().len() <= TENSORS_MAX) else {
             return Vec::new();
         };
-        self.current().into_iter().filter(|other| *other != id && kind(other).as_ref() == Some(&wanted)).collect()
+        let others = self.sites.current().iter().copied().filter(|other| *other != id);
+        others.filter(|other| kind(other).as_ref() == Some(&wanted)).collect()
     }
 
     /// A site has computed a gradient that it was asked for.

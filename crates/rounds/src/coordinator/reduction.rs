@@ -7,6 +7,7 @@
 //! The first two need every reducer. One that leaves, or is late, gives the round back to the mesh: makers keep their whole deltas until
 //! then. Late is who takes more than twice as long for a stage as half of the reducers did, and longer than the grace window.
 
+use super::holdings::Holdings;
 use super::open_round::OpenRound;
 use crate::exchange::{MergedPart, Part};
 use base::{ContentHash, SiteId};
@@ -16,14 +17,16 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Debug, Clone)]
 pub(super) struct Reduction {
     parts: Vec<Part>,
-    /// By reducer: whose slices it has fetched.
-    slices: BTreeMap<SiteId, BTreeSet<SiteId>>,
+    /// Who merges them.
+    reducers: BTreeSet<SiteId>,
+    /// Of each reducer: whose slices it has.
+    slices: Holdings,
     /// Once reducers were told.
     contributors: Option<Vec<SiteId>>,
     /// By reducer.
     merged: BTreeMap<SiteId, ContentHash>,
-    /// By site: whose merged parts it holds.
-    holds: BTreeMap<SiteId, BTreeSet<SiteId>>,
+    /// Of each site: whose merged parts it has.
+    holdings: Holdings,
     /// When this stage began, if it has: when everybody had delivered, and when the reducers were told.
     stage_since: Option<f64>,
     /// Since when half of the reducers are through with it.
@@ -58,10 +61,11 @@ impl Reduction {
     pub(super) fn new(parts: &[Part]) -> Option<Self> {
         (!parts.is_empty()).then(|| Self {
             parts: parts.to_vec(),
-            slices: BTreeMap::new(),
+            reducers: parts.iter().map(|part| part.site).collect(),
+            slices: Holdings::default(),
             contributors: None,
             merged: BTreeMap::new(),
-            holds: BTreeMap::new(),
+            holdings: Holdings::default(),
             stage_since: None,
             half_since: None,
             spread_since: None,
@@ -72,20 +76,21 @@ impl Reduction {
         &self.parts
     }
 
-    fn reducers(&self) -> impl Iterator<Item = SiteId> + '_ {
-        self.parts.iter().map(|part| part.site)
-    }
-
     pub(super) fn is_reducer(&self, site: SiteId) -> bool {
-        self.reducers().any(|reducer| reducer == site)
+        self.reducers.contains(&site)
     }
 
+    /// The slices of a delta can be fetched. A reducer has its own.
+    pub(super) fn deliver(&mut self, site: SiteId) {
+        self.slices.announce(site);
+        self.hold_slice(site, site);
+    }
+
+    /// A reducer holds the slice of a delta that was delivered.
     pub(super) fn hold_slice(&mut self, reducer: SiteId, from: SiteId) {
-        self.slices.entry(reducer).or_default().insert(from);
-    }
-
-    fn holds_slice(&self, reducer: SiteId, from: SiteId) -> bool {
-        reducer == from || self.slices.get(&reducer).is_some_and(|slices| slices.contains(&from))
+        if self.is_reducer(reducer) {
+            self.slices.hold(reducer, from);
+        }
     }
 
     /// Notes what a reducer has merged, the first time that it says so after it was told. Gives that.
@@ -95,15 +100,14 @@ impl Reduction {
             return None;
         }
         self.merged.insert(reducer, hash);
+        self.holdings.announce(reducer);
         self.hold_part(reducer, reducer);
         Some(MergedPart { part, hash })
     }
 
     /// `site` holds what `reducer` has merged.
     pub(super) fn hold_part(&mut self, site: SiteId, reducer: SiteId) {
-        if self.merged.contains_key(&reducer) {
-            self.holds.entry(site).or_default().insert(reducer);
-        }
+        self.holdings.hold(site, reducer);
     }
 
     /// What has been merged so far.
@@ -118,23 +122,26 @@ impl Reduction {
 
     /// Whether everything is merged and `site` holds it.
     pub(super) fn holds_all(&self, site: SiteId) -> bool {
-        self.is_merged() && self.holds.get(&site).is_some_and(|held| held.len() == self.parts.len())
+        self.is_merged() && self.holdings.holds_all(site)
     }
 
     /// Whose deltas are in the merge, if all of these hold it.
     pub(super) fn spread_over(&self, sites: &[SiteId]) -> Option<&[SiteId]> {
-        let is_spread = !sites.is_empty() && sites.iter().all(|site| self.holds_all(*site));
+        let is_spread = !sites.is_empty() && self.is_merged() && self.holdings.all_hold_all(sites);
         self.contributors.as_deref().filter(|_| is_spread)
     }
 
     /// Whose deltas are in the merge that at least `enough` of these hold.
     pub(super) fn spread_over_some(&self, sites: &[SiteId], enough: usize) -> Option<&[SiteId]> {
-        let holders = sites.iter().filter(|site| self.holds_all(**site)).count();
-        self.contributors.as_deref().filter(|_| holders >= enough.max(1))
+        let are_enough = |holders: usize| holders >= enough.max(1);
+        // Of others than these there may be some as well.
+        let may_be = self.is_merged() && are_enough(self.holdings.complete());
+        let is_spread = may_be && are_enough(sites.iter().filter(|site| self.holds_all(**site)).count());
+        self.contributors.as_deref().filter(|_| is_spread)
     }
 
     pub(super) fn forget(&mut self, site: SiteId) {
-        self.holds.remove(&site);
+        self.holdings.forget(site);
     }
 
     /// Reducers are told to merge the deltas of these.
@@ -143,53 +150,64 @@ impl Reduction {
         (self.stage_since, self.half_since) = (Some(now), None);
     }
 
-    /// Some reducers are through with a stage: the others, if they are late.
-    fn late(&mut self, through: &BTreeSet<SiteId>, now: f64, reducer_seconds: f64) -> Next {
+    /// Whether reducers that are not through with a stage are late, where so many are.
+    fn is_late(&mut self, through: usize, now: f64, reducer_seconds: f64) -> bool {
         let began = *self.stage_since.get_or_insert(now);
-        if 2 * through.len() < self.parts.len() {
-            return Next::Wait;
+        if 2 * through < self.parts.len() {
+            return false;
         }
         let since = *self.half_since.get_or_insert(now);
-        match now - since > reducer_seconds.max(since - began) {
-            true => Next::Late(self.reducers().filter(|reducer| !through.contains(reducer)).collect()),
-            false => Next::Wait,
-        }
+        now - since > reducer_seconds.max(since - began)
     }
 
-    /// What is needed now, where these have delivered, all of them or not.
-    fn next(&mut self, delivered: &[SiteId], are_all: bool, now: f64, patience: Patience) -> Next {
+    /// Reducers, ascending, that lack slices.
+    fn without_slices(&self) -> Vec<SiteId> {
+        self.reducers.iter().copied().filter(|reducer| !self.slices.holds_all(*reducer)).collect()
+    }
+
+    /// Reducers, ascending, that have not merged.
+    fn without_merge(&self) -> Vec<SiteId> {
+        self.reducers.iter().copied().filter(|reducer| !self.merged.contains_key(reducer)).collect()
+    }
+
+    /// What is needed now, where all have delivered, or not all.
+    fn next(&mut self, are_all: bool, now: f64, patience: Patience) -> Next {
         let Patience { enough, is_over, reducer_seconds } = patience;
         if self.is_merged() {
             return Next::Wait;
         }
         if self.contributors.is_some() {
-            let through = self.merged.keys().copied().collect();
-            return self.late(&through, now, reducer_seconds);
-        }
-        let has_all = |reducer: &SiteId| delivered.iter().all(|from| self.holds_slice(*reducer, *from));
-        let through: BTreeSet<SiteId> = self.reducers().filter(has_all).collect();
-        if are_all && through.len() == self.parts.len() {
-            return Next::Reduce(delivered.to_vec());
-        }
-        if is_over {
-            let by_all = |from: &&SiteId| self.reducers().all(|reducer| self.holds_slice(reducer, **from));
-            let common: Vec<SiteId> = delivered.iter().filter(by_all).copied().collect();
-            return match common.len() >= enough {
-                true => Next::Reduce(common),
-                false => Next::Late(self.reducers().filter(|reducer| !through.contains(reducer)).collect()),
+            return match self.is_late(self.merged.len(), now, reducer_seconds) {
+                true => Next::Late(self.without_merge()),
+                false => Next::Wait,
             };
         }
-        if are_all { self.late(&through, now, reducer_seconds) } else { Next::Wait }
+        // Each slice that a reducer has is one of those that were delivered.
+        let through = self.slices.complete();
+        if are_all && through == self.parts.len() {
+            return Next::Reduce(self.slices.makers().collect());
+        }
+        if is_over {
+            let reducers: Vec<SiteId> = self.reducers.iter().copied().collect();
+            let common = self.slices.held_by_all(&reducers);
+            return match common.len() >= enough {
+                true => Next::Reduce(common),
+                false => Next::Late(self.without_slices()),
+            };
+        }
+        match are_all && self.is_late(through, now, reducer_seconds) {
+            true => Next::Late(self.without_slices()),
+            false => Next::Wait,
+        }
     }
 }
 
 impl OpenRound {
     /// What the reducers are to do now, if the round is sharded.
     pub(super) fn next_of_reduction(&mut self, now: f64, patience: Patience) -> Next {
-        let are_all = self.missing().is_empty();
-        let delivered: Vec<SiteId> = self.deliveries.keys().copied().collect();
+        let are_all = self.is_delivered();
         match &mut self.reduction {
-            Some(reduction) if !delivered.is_empty() => reduction.next(&delivered, are_all, now, patience),
+            Some(reduction) if !self.deliveries.is_empty() => reduction.next(are_all, now, patience),
             _ => Next::Wait,
         }
     }
@@ -230,7 +248,9 @@ mod tests {
 
     fn reduction() -> Reduction {
         let part = |site: u32| Part { site: SiteId(site), values: u64::from(site) * 10..u64::from(site + 1) * 10 };
-        Reduction::new(&[part(0), part(1), part(2)]).unwrap()
+        let mut reduction = Reduction::new(&[part(0), part(1), part(2)]).unwrap();
+        ids(&[0, 1, 2]).into_iter().for_each(|site| reduction.deliver(site));
+        reduction
     }
 
     fn hold(reduction: &mut Reduction, slices: &[(u32, u32)]) {
@@ -241,10 +261,10 @@ mod tests {
     fn reducers_are_told_when_each_holds_all_its_slices() {
         let (mut reduction, all) = (reduction(), ids(&[0, 1, 2]));
         hold(&mut reduction, &[(0, 1), (0, 2), (1, 0), (1, 2), (2, 0)]);
-        assert_eq!(reduction.next(&all, true, 0.0, PATIENCE), Next::Wait);
+        assert_eq!(reduction.next(true, 0.0, PATIENCE), Next::Wait);
         hold(&mut reduction, &[(2, 1)]);
-        assert_eq!(reduction.next(&all, false, 0.0, PATIENCE), Next::Wait, "a worker has not delivered");
-        assert_eq!(reduction.next(&all, true, 0.0, PATIENCE), Next::Reduce(all));
+        assert_eq!(reduction.next(false, 0.0, PATIENCE), Next::Wait, "a worker has not delivered");
+        assert_eq!(reduction.next(true, 0.0, PATIENCE), Next::Reduce(all));
     }
 
     #[test]
@@ -252,9 +272,9 @@ mod tests {
         let mut reduction = reduction();
         hold(&mut reduction, &[(0, 1), (1, 0), (2, 0), (2, 1)]);
         let patience = Patience { enough: 2, is_over: true, ..PATIENCE };
-        assert_eq!(reduction.next(&ids(&[0, 1, 2]), true, 0.0, patience), Next::Reduce(ids(&[0, 1])));
+        assert_eq!(reduction.next(true, 0.0, patience), Next::Reduce(ids(&[0, 1])));
         let patience = Patience { enough: 3, ..patience };
-        assert_eq!(reduction.next(&ids(&[0, 1, 2]), true, 0.0, patience), Next::Late(ids(&[0, 1])));
+        assert_eq!(reduction.next(true, 0.0, patience), Next::Late(ids(&[0, 1])));
     }
 
     #[test]
@@ -262,13 +282,13 @@ mod tests {
         let (mut reduction, all) = (reduction(), ids(&[0, 1, 2]));
         reduction.tell(all.clone(), 0.0);
         assert!(reduction.merge(SiteId(0), ContentHash::default()).is_some());
-        assert_eq!(reduction.next(&all, true, 50.0, PATIENCE), Next::Wait, "one of three is no half");
+        assert_eq!(reduction.next(true, 50.0, PATIENCE), Next::Wait, "one of three is no half");
         assert!(reduction.merge(SiteId(1), ContentHash::default()).is_some());
-        assert_eq!(reduction.next(&all, true, 51.0, PATIENCE), Next::Wait);
-        assert_eq!(reduction.next(&all, true, 101.0, PATIENCE), Next::Wait, "not yet twice as long as half of them");
-        assert_eq!(reduction.next(&all, true, 103.0, PATIENCE), Next::Late(ids(&[2])));
+        assert_eq!(reduction.next(true, 51.0, PATIENCE), Next::Wait);
+        assert_eq!(reduction.next(true, 101.0, PATIENCE), Next::Wait, "not yet twice as long as half of them");
+        assert_eq!(reduction.next(true, 103.0, PATIENCE), Next::Late(ids(&[2])));
         assert!(reduction.merge(SiteId(2), ContentHash::default()).is_some());
-        assert_eq!(reduction.next(&all, true, 999.0, PATIENCE), Next::Wait, "others give a part on");
+        assert_eq!(reduction.next(true, 999.0, PATIENCE), Next::Wait, "others give a part on");
     }
 
     #[test]

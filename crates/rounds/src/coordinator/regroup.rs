@@ -14,6 +14,7 @@
 use super::{Command, Coordinator, Note, Phase, Site};
 use crate::plan::{Directive, LeaveReason};
 use base::{Round, SiteId};
+use std::collections::BTreeSet;
 
 /// Merging what has been fetched, and saying so, takes less.
 const STRANDED_TICKS_MAX: u32 = 6;
@@ -26,12 +27,12 @@ impl Site {
     /// Whether the deltas of that commit came here, or could have come from those that had them then, of a site that takes part. One that
     /// came with the state after it never had them.
     fn has_deltas_of(&self, round: Round) -> bool {
-        self.since.is_some_and(|since| self.placed_at < round || (since < round && self.applied >= round))
+        self.since().is_some_and(|since| self.placed_at < round || (since < round && self.applied >= round))
     }
 
     /// The last commit whose state it has, of a site that takes part.
-    fn reached(&self) -> Option<Round> {
-        self.since.map(|since| since.max(self.applied))
+    pub(super) fn reached(&self) -> Option<Round> {
+        self.since().map(|since| since.max(self.applied))
     }
 }
 
@@ -48,8 +49,9 @@ impl Coordinator {
 
     /// Whether no site that takes part can reach the last commit.
     pub(super) fn is_lost(&self) -> bool {
-        let mut current = self.sites.values().filter(|site| site.since.is_some()).peekable();
-        matches!(self.phase, Phase::Working) && current.peek().is_some() && current.all(|site| self.is_stranded(site))
+        let current = self.sites.current();
+        let is_stranded = |id: &SiteId| self.sites.get(id).is_some_and(|site| self.is_stranded(site));
+        matches!(self.phase, Phase::Working) && !current.is_empty() && current.iter().all(is_stranded)
     }
 
     /// A second has passed: recalls whoever waits in vain.
@@ -65,11 +67,11 @@ impl Coordinator {
             return self.regroup(commands);
         }
         let is_over = !matches!(self.phase, Phase::Working);
-        let stranded: Vec<SiteId> =
+        let stranded: BTreeSet<SiteId> =
             self.sites.iter().filter(|(_, site)| self.is_stranded(site)).map(|(id, _)| *id).collect();
-        let all_are = stranded.len() == self.current().len();
-        for (id, site) in &mut self.sites {
-            site.stranded_ticks = if stranded.contains(id) { site.stranded_ticks + 1 } else { 0 };
+        let all_are = stranded.len() == self.sites.current().len();
+        for (id, site) in self.sites.iter_mut() {
+            site.stranded_ticks = if stranded.contains(&id) { site.stranded_ticks + 1 } else { 0 };
         }
         for id in stranded {
             match self.sites[&id].stranded_ticks > STRANDED_TICKS_MAX {
@@ -87,12 +89,13 @@ impl Coordinator {
     /// cannot know that.
     fn recall_the_silent(&mut self, commands: &mut Vec<Command>) {
         let allowed_ticks = self.settings.sync.deadline_seconds.ceil() as u32;
-        for (id, site) in &mut self.sites {
-            let says_nothing = site.since.is_none() && site.held.is_none() && !site.is_fetching && !site.is_recalled;
+        for (id, site) in self.sites.iter_mut() {
+            let says_nothing =
+                site.since().is_none() && site.held().is_none() && !site.is_fetching && !site.is_recalled;
             site.unready_ticks = if says_nothing { site.unready_ticks + 1 } else { 0 };
             if site.unready_ticks > allowed_ticks {
                 (site.recalls, site.is_recalled) = (site.recalls + 1, true);
-                commands.push(Command::Send(*id, Directive::Recall { number: site.recalls }));
+                commands.push(Command::Send(id, Directive::Recall { number: site.recalls }));
             }
         }
     }
@@ -102,9 +105,9 @@ impl Coordinator {
     pub(super) fn recall(&mut self, id: SiteId, distrusted: bool, commands: &mut Vec<Command>) {
         let Some(site) = self.sites.get(&id) else { return };
         let (number, heard) = (site.recalls + 1, site.heard);
-        let (device, anew) = (site.device.clone(), Site::new(site.peer.clone(), heard));
-        let anew = Site { device, recalls: number, is_recalled: true, ..anew };
-        self.sites.insert(id, anew);
+        let (device, mut anew) = (site.device.clone(), Site::new(site.peer.clone(), heard));
+        (anew.device, anew.recalls, anew.is_recalled) = (device, number, true);
+        self.sites.insert(anew);
         self.withdraw(id, distrusted);
         commands.push(Command::Send(id, Directive::Recall { number }));
     }
@@ -113,7 +116,7 @@ impl Coordinator {
     fn regroup(&mut self, commands: &mut Vec<Command>) {
         commands.push(Command::Note(Note::Regrouped { round: self.last().commit.round }));
         self.abandon_open();
-        for site in self.current() {
+        for site in self.sites.current().to_vec() {
             self.recall(site, false, commands);
         }
         (self.started, self.lost_ticks, self.gathering_ticks) = (false, 0, Some(0));
@@ -121,7 +124,8 @@ impl Coordinator {
 
     /// Whether enough sites have said what they hold for the run to begin, or to begin anew.
     pub(super) fn is_gathered(&self) -> bool {
-        let ready = self.sites.values().filter(|site| site.held.is_some()).count();
+        // Before it has begun nobody takes part.
+        let ready = self.sites.waiting().len();
         // Before the first start of a term nobody has been asked, and nobody knows who will come.
         let Some(ticks) = self.gathering_ticks else { return ready >= self.settings.sites as usize };
         let are_missing = ready < self.settings.sites as usize || self.sites.values().any(|site| site.is_recalled);

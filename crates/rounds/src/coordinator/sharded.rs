@@ -4,7 +4,7 @@
 //! round anew.
 
 use super::reduction::{Next, Patience};
-use super::{Command, Coordinator, Note, OpenRound};
+use super::{Command, Coordinator, Note, OpenRound, tell, tell_others};
 use crate::exchange::{self, Decision, Part};
 use crate::plan::{Directive, FragmentPlan};
 use base::config::{Exchange, MergeRule};
@@ -79,10 +79,8 @@ impl Coordinator {
     }
 
     pub(super) fn holds_slice(&mut self, site: SiteId, round: Round, from: SiteId) {
-        if let Some(open) = self.open.iter_mut().find(|open| open.plan.round == round)
-            && let Some(reduction) = open.reduction.as_mut().filter(|reduction| reduction.is_reducer(site))
-            && open.deliveries.contains_key(&from)
-        {
+        let open = self.open.iter_mut().find(|open| open.plan.round == round);
+        if let Some(reduction) = open.and_then(|open| open.reduction.as_mut()) {
             reduction.hold_slice(site, from);
         }
     }
@@ -100,9 +98,7 @@ impl Coordinator {
         let term = open.plan.term;
         // Not of a round that has been given back to the mesh meanwhile.
         let Some(part) = open.reduction.as_mut().and_then(|reduction| reduction.merge(site, hash)) else { return };
-        let others = self.sites.iter().filter(|(other, known)| **other != site && known.since.is_some());
-        let ready = |other: &SiteId| Command::Send(*other, Directive::PartReady { term, round, part: part.clone() });
-        commands.extend(others.map(|(other, _)| ready(other)));
+        tell_others(self.sites.current(), site, &Directive::PartReady { term, round, part }, commands);
     }
 
     /// Takes every step that has become possible in sharded rounds before their commits.
@@ -134,29 +130,23 @@ impl Coordinator {
 
     fn reduce(&mut self, index: usize, sites: Vec<SiteId>, now: f64, commands: &mut Vec<Command>) {
         let open = &mut self.open[index];
-        let contributors: Vec<_> = sites.iter().map(|site| open.contributor(*site)).collect();
+        let contributors = sites.iter().map(|site| open.contributor(*site)).collect();
         let (term, round) = (open.plan.term, open.plan.round);
         let Some(reduction) = &mut open.reduction else { return };
         reduction.tell(sites, now);
-        let reduce = |part: &Part| {
-            let directive = Directive::Reduce { term, round, contributors: contributors.clone() };
-            Command::Send(part.site, directive)
-        };
-        commands.extend(reduction.parts().iter().map(reduce));
+        let reducers: Vec<SiteId> = reduction.parts().iter().map(|part| part.site).collect();
+        tell(&reducers, &Directive::Reduce { term, round, contributors }, commands);
     }
 
     /// Announces the whole deltas of rounds that were given back to the mesh.
     pub(super) fn tell_fallbacks(&mut self, now: f64, commands: &mut Vec<Command>) {
-        let current = self.current();
         let mut told = Vec::new();
         for open in &mut self.open {
             let Some(reason) = open.fell_back.take() else { continue };
             open.deadline = open.deadline.max(now + self.settings.sync.deadline_seconds);
             told.push((open.plan.round, reason));
             for from in open.deliveries.keys() {
-                let directive = Self::delta_ready(open, *from);
-                let others = current.iter().filter(|site| *site != from);
-                commands.extend(others.map(|site| Command::Send(*site, directive.clone())));
+                tell_others(self.sites.current(), *from, &Self::delta_ready(open, *from), commands);
             }
         }
         told.into_iter().for_each(|(round, reason)| self.tell_exchange(round, false, reason, commands));

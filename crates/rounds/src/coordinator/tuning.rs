@@ -135,7 +135,7 @@ impl Coordinator {
             // Without a time nothing is decided.
             step_seconds: if fastest.is_finite() { fastest / closed.plan.steps.max(1) as f64 } else { 0.0 },
             host_seconds_per_element: known().map(|(_, known)| known.host_seconds_per_element).fold(0.0, f64::max),
-            sites: self.current().len(),
+            sites: self.sites.current().len(),
             links: links.collect(),
             // Sites end their rounds, and so begin to fetch, at about the same time.
             sharing: Sharing::Together,
@@ -160,7 +160,7 @@ impl Coordinator {
         tuning.known.values_mut().for_each(|known| known.residual_ratio = None);
         let (choice, reason) = (change.to, change.reason.clone());
         commands.push(Command::Persist(Record::SettingsChanged { round, choice, reason }));
-        commands.push(Command::Note(Note::SettingsChanged { round, change }));
+        commands.push(Command::Note(Note::SettingsChanged { round, change: Box::new(change) }));
         self.settings = self.settings.clone().with(&choice);
         // How long deltas are kept has changed: whoever comes with an older state fetches a new one.
         self.started_at = self.started_at.max(Round(round.0 - 1));
@@ -176,7 +176,7 @@ impl Coordinator {
     /// The parameters are cut anew: a new fragment counts as merged when the last of the old ones was.
     fn forget_fragments(&mut self, before: u32) {
         let after = self.settings.sync.fragments;
-        for site in self.sites.values_mut() {
+        for (_, site) in self.sites.iter_mut() {
             let merged = |fragment| site.merged_tokens.get(&fragment).copied().unwrap_or(0);
             let merged = (0..before).map(merged).min().unwrap_or(0);
             site.merged_tokens = (0..after).map(|fragment| (fragment, merged)).collect();

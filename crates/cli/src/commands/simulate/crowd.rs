@@ -1,10 +1,11 @@
 //! `beringia simulate --crowd`: how fast the coordinator decides with so many sites, and what memory it takes.
 //!
-//! Every event of a round is put to it, in a mesh; a part that takes longer than [`PART_SECONDS`] is stopped, and what was measured of it is
-//! told. Its shell (log, sockets, encoding) is not in it.
+//! Every event of a round is put to it: where deltas travel as a plan would have it for so many sites, and in a mesh. A part that takes longer
+//! than [`PART_SECONDS`] is stopped, and what was measured of it is told. Its shell (log, sockets, encoding) is not in it.
 
 use crate::format::{bytes, count};
 use crate::output::Output;
+use base::config::Exchange;
 use serde::Serialize;
 use simulator::fleet::{Crowd, CrowdPhase};
 use std::time::Instant;
@@ -15,13 +16,27 @@ const PART_SECONDS: f64 = 20.0;
 /// Events between two looks at the clock.
 const EVENTS_AT_ONCE: u64 = 16;
 
+/// Seconds of the coordinator's clock that are timed after a round.
+const TICKS: u32 = 8;
+
 #[derive(Debug, Serialize)]
 struct Report {
     sites: u32,
+    #[serde(flatten)]
+    mesh: Measured,
+    /// Where rounds of so many sites are sharded unless they are told not to be.
+    sharded: Option<Measured>,
+}
+
+#[derive(Debug, Serialize)]
+struct Measured {
     parts: Vec<Part>,
     /// Of a whole round, what was not measured at the measured rate.
     round_seconds: Option<f64>,
+    /// Of what the coordinator does once a second besides.
+    tick_seconds: f64,
     rounds_committed: u64,
+    /// The most that this process has held meanwhile.
     resident_bytes: Option<u64>,
 }
 
@@ -37,43 +52,67 @@ struct Part {
 
 /// Runs the command.
 pub(super) fn run(sites: u32, output: &Output) {
-    let mut crowd = Crowd::new(sites);
-    let mut parts = Vec::new();
-    for phase in CrowdPhase::ALL {
-        let part = measure(&mut crowd, phase, sites);
+    let (measured, is_sharded) = measure(sites, Exchange::Auto, output);
+    let (mesh, sharded) = match is_sharded {
+        true => (measure(sites, Exchange::Mesh, output).0, Some(measured)),
+        false => (measured, None),
+    };
+    output.object(&Report { sites, mesh, sharded });
+}
+
+/// The parts of one round, and whether it is sharded.
+fn measure(sites: u32, exchange: Exchange, output: &Output) -> (Measured, bool) {
+    forget_peak();
+    let mut crowd = Crowd::exchanging(sites, exchange);
+    let (mut parts, mut seconds) = (Vec::new(), 0.0);
+    while crowd.rounds() == 0 || crowd.phase() == CrowdPhase::Apply {
+        let phase = crowd.phase();
+        let part = time(&mut crowd);
         let is_whole = part.events == part.of;
-        output.line(format_args!(
-            "{:<8} {} of {} events in {:.2} s: {} decisions/s, {} commands",
-            part.part,
-            count(part.events),
-            count(part.of),
-            part.seconds,
-            count(part.decisions_per_second as u64),
-            count(part.commands)
-        ));
+        if phase.repeats() {
+            seconds += part.of as f64 / part.decisions_per_second;
+        }
+        if phase == CrowdPhase::Compute {
+            let name = if crowd.is_sharded() == Some(true) { "sharded" } else { "mesh" };
+            output.line(format_args!("{name}, {} sites:", count(u64::from(sites))));
+        }
+        tell(&part, output);
         parts.push(part);
         if !is_whole {
             break;
         }
     }
-    let of_a_round = parts.iter().filter(|part| matches!(part.part, "compute" | "hold" | "apply"));
-    let seconds: f64 = of_a_round.map(|part| part.of as f64 / part.decisions_per_second).sum();
+    let began = Instant::now();
+    (0..TICKS).for_each(|_| crowd.tick());
+    let tick_seconds = began.elapsed().as_secs_f64() / f64::from(TICKS);
     let (resident_bytes, rounds_committed) = (resident(), crowd.rounds());
+    let round_seconds = (seconds > 0.0).then_some(seconds);
+    output.line(format_args!("tick     {:.3} ms a second", 1e3 * tick_seconds));
     if let Some(resident) = resident_bytes {
         output.line(format_args!("memory   {}", bytes(resident)));
     }
-    let round_seconds = (seconds > 0.0).then_some(seconds);
     if let Some(seconds) = round_seconds {
-        output.line(format_args!(
-            "round    {seconds:.2} s of decisions for {} sites, at these rates",
-            count(u64::from(sites))
-        ));
+        output.line(format_args!("round    {seconds:.2} s of decisions, at these rates\n"));
     }
-    output.object(&Report { sites, parts, round_seconds, rounds_committed, resident_bytes });
+    let is_sharded = crowd.is_sharded() == Some(true);
+    (Measured { parts, round_seconds, tick_seconds, rounds_committed, resident_bytes }, is_sharded)
 }
 
-fn measure(crowd: &mut Crowd, phase: CrowdPhase, sites: u32) -> Part {
-    let (of, before) = (phase.events(u64::from(sites)), crowd.commands());
+fn tell(part: &Part, output: &Output) {
+    output.line(format_args!(
+        "{:<8} {} of {} events in {:.2} s: {} decisions/s, {} commands",
+        part.part,
+        count(part.events),
+        count(part.of),
+        part.seconds,
+        count(part.decisions_per_second as u64),
+        count(part.commands)
+    ));
+}
+
+/// Times the present phase.
+fn time(crowd: &mut Crowd) -> Part {
+    let (phase, of, before) = (crowd.phase(), crowd.events(), crowd.commands());
     let (began, mut events) = (Instant::now(), 0);
     while events < of && began.elapsed().as_secs_f64() < PART_SECONDS {
         let now = EVENTS_AT_ONCE.min(of - events);
@@ -85,7 +124,13 @@ fn measure(crowd: &mut Crowd, phase: CrowdPhase, sites: u32) -> Part {
     Part { part: phase.name(), events, of, seconds, decisions_per_second, commands: crowd.commands() - before }
 }
 
-/// Memory of this process, where the system tells.
+/// Lets the peak of [`resident`] begin anew, where the system can.
+fn forget_peak() {
+    // Else the peak is of everything so far.
+    let _cannot = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// The most memory of this process, where the system tells.
 fn resident() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
