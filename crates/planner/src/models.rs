@@ -9,6 +9,9 @@ const SEQUENCE: f64 = 4_096.0;
 /// Least and greatest number of parameters for which a shape is made.
 const PARAMETERS: (f64, f64) = (1e6, 1e14);
 
+/// Vocabulary of a model of fewer parameters than so many: a small model of a large vocabulary would be all embedding.
+const VOCABULARIES: &[(f64, f64)] = &[(1e7, 1_024.0), (1e8, 8_192.0), (5e8, 32_000.0)];
+
 /// Name, layers, width, feed-forward, heads, key-value heads, vocabulary, experts, experts a token, gated.
 type Known = (&'static str, f64, f64, f64, f64, f64, f64, f64, f64, bool);
 
@@ -67,6 +70,7 @@ pub fn names() -> Vec<&'static str> {
 /// # Errors
 /// Neither a known name nor a number, or a number that no model has.
 pub fn parse(text: &str) -> Result<Transformer, ModelNameError> {
+    let text = text.trim();
     if let Some(shape) = named(text) {
         return Ok(shape);
     }
@@ -101,7 +105,7 @@ fn llama_of(parameters: f64) -> Transformer {
         ffn: (3.5 * hidden / 256.0).round().max(1.0) * 256.0,
         heads: hidden / 128.0,
         kv_heads: (hidden / 128.0).min(8.0),
-        vocab: if parameters < 5e8 { 32_000.0 } else { 128_256.0 },
+        vocab: VOCABULARIES.iter().find(|(below, _)| parameters < *below).map_or(128_256.0, |(_, vocab)| *vocab),
         seq: SEQUENCE,
         experts: 1.0,
         experts_per_token: 1.0,
@@ -135,9 +139,10 @@ mod tests {
 
     #[test]
     fn a_number_makes_a_llama_of_that_size() {
-        for wanted in [125e6, 1e9, 7e9, 70e9, 1e12] {
-            let found = parse(&format!("{wanted:e}")).unwrap();
-            assert!((found.parameters() / wanted - 1.0).abs() < 0.1, "{wanted:e}: {found:?}");
+        for exponent in 60..=140 {
+            let wanted = 10_f64.powf(f64::from(exponent) / 10.0);
+            let found = parse(&format!("{wanted}")).unwrap();
+            assert!((found.parameters() / wanted - 1.0).abs() < 0.2, "{wanted:e}: {found:?}");
             assert_eq!(found.hidden % found.heads, 0.0);
         }
     }
