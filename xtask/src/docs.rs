@@ -88,11 +88,13 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
 }
 
 /// The program to ask, as an absolute path.
-fn program(given: Option<&Path>) -> Result<PathBuf, Failure> {
+pub(crate) fn program(given: Option<&Path>) -> Result<PathBuf, Failure> {
     let beside = std::env::current_exe()?.with_file_name("beringia");
     let program = given.unwrap_or(&beside);
     let found = program.canonicalize();
-    Ok(found.map_err(|error| format!("{}: {error}; build it with `cargo build`, or name it with --beringia", program.display()))?)
+    Ok(found.map_err(|error| {
+        format!("{}: {error}; build it with `cargo build`, or name it with --beringia", program.display())
+    })?)
 }
 
 fn blocks(text: &str) -> Vec<Block> {
@@ -101,7 +103,8 @@ fn blocks(text: &str) -> Vec<Block> {
     for (index, line) in text.split_inclusive('\n').enumerate() {
         let end = place + line.len();
         let command = line.trim_end().strip_prefix("$ ").filter(|_| before.trim_end() == "```text");
-        let is_known = |command: &&str| COMMANDS.iter().any(|known| command.starts_with(known)) || *command == PUBLISHED;
+        let is_known =
+            |command: &&str| COMMANDS.iter().any(|known| command.starts_with(known)) || *command == PUBLISHED;
         match (command.filter(is_known), found.last_mut()) {
             (Some(command), _) => {
                 found.push(Block { command: command.to_owned(), line: index + 1, output: end..end });

@@ -25,6 +25,7 @@ const KNOWN: &[Known] = &[
     ("mixtral-8x7b", 32.0, 4096.0, 14_336.0, 32.0, 8.0, 32_000.0, 8.0, 2.0, true),
     ("deepseek-v3-671b", 60.0, 7168.0, 2048.0, 56.0, 46.0, 129_280.0, 256.0, 9.0, true),
     ("gpt3-175b", 96.0, 12_288.0, 49_152.0, 96.0, 96.0, 50_257.0, 1.0, 1.0, false),
+    ("intellect-1-10b", 42.0, 4096.0, 14_336.0, 32.0, 8.0, 128_256.0, 1.0, 1.0, true),
     ("gpt-1t", 128.0, 25_600.0, 102_400.0, 160.0, 160.0, 51_200.0, 1.0, 1.0, false),
 ];
 
@@ -128,7 +129,7 @@ mod tests {
     #[test]
     fn known_models_have_the_parameters_of_their_names() {
         // The output projection is counted once with the embedding, which Llama 3 has twice.
-        let wanted = [1.24e9, 7.5e9, 69.5e9, 403.7e9, 32e9, 46.6e9, 671e9, 175e9, 1008e9];
+        let wanted = [1.24e9, 7.5e9, 69.5e9, 403.7e9, 32e9, 46.6e9, 671e9, 175e9, 9.7e9, 1008e9];
         for (name, wanted) in names().into_iter().zip(wanted) {
             let found = parse(name).unwrap().parameters();
             assert!((found / wanted - 1.0).abs() < 0.03, "{name}: {found:e}");

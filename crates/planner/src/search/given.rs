@@ -4,7 +4,7 @@
 
 use super::Task;
 use super::between::{Judged, Strategy, Wan, Way, judged};
-use crate::units::{BitsPerSecond, Seconds};
+use crate::units::{BitsPerSecond, BytesPerSecond, Seconds};
 use crate::wan::loss::loss_ratio;
 use crate::wan::schedule::Hiding;
 use crate::wan::{Exchange, Link, RoundCase, round_time_at};
@@ -36,6 +36,8 @@ pub struct Given {
     pub density: f64,
     /// How the deltas meet.
     pub exchange: Option<Exchange>,
+    /// Coding and decoding, bytes of f32 a second, where it is not what a site's CPU does.
+    pub coding: Option<BytesPerSecond>,
 }
 
 impl Default for Given {
@@ -48,6 +50,7 @@ impl Default for Given {
             bits: None,
             density: 1.0,
             exchange: None,
+            coding: None,
         }
     }
 }
@@ -78,14 +81,6 @@ pub enum GivenError {
         /// The strategy.
         strategy: Strategy,
     },
-    /// Fragments that do not come out even.
-    #[error("--fragments {fragments} do not divide the {inner_steps} inner steps of a round")]
-    Uneven {
-        /// P.
-        fragments: u32,
-        /// H.
-        inner_steps: u32,
-    },
 }
 
 impl Hint for GivenError {
@@ -96,7 +91,6 @@ impl Hint for GivenError {
                 format!("leave {option} out, or take --strategy streaming")
             }
             Self::Foreign { option, .. } => format!("leave {option} out, or take --strategy diloco or streaming"),
-            Self::Uneven { inner_steps, .. } => format!("take a number that divides {inner_steps}"),
         })
     }
 }
@@ -105,7 +99,7 @@ impl Given {
     /// Refuses what contradicts itself.
     ///
     /// # Errors
-    /// A number out of its range, a setting that the strategy does not have, fragments that do not divide the inner steps.
+    /// A number out of its range, or a setting that the strategy does not have.
     pub fn check(&self) -> Result<(), GivenError> {
         let steps = f64::from(STEPS_MAX);
         let numbers = [
@@ -114,23 +108,16 @@ impl Given {
             ("--overlap-steps", self.overlap_steps.map(f64::from), 0.0, steps),
             ("--bits", self.bits.map(f64::from), 1.0, f64::from(BITS_MAX)),
             ("--density", Some(self.density), 1e-6, 1.0),
+            ("--coding-gb-s", self.coding.map(|rate| rate.0 / 1e9), 1e-3, 1e6),
         ];
         for (option, found, least, greatest) in numbers {
             if let Some(found) = found.filter(|found| !(least..=greatest).contains(found)) {
                 return Err(GivenError::Range { option, found, least, greatest });
             }
         }
-        if let Some(strategy) = self.strategy {
-            let foreign = self.foreign(strategy);
-            if let Some((option, found)) = foreign {
-                return Err(GivenError::Foreign { option, found, strategy });
-            }
-        }
-        match (self.fragments, self.inner_steps) {
-            (Some(fragments), Some(inner_steps)) if !inner_steps.is_multiple_of(fragments) => {
-                Err(GivenError::Uneven { fragments, inner_steps })
-            }
-            _ => Ok(()),
+        match self.strategy.and_then(|strategy| Some((strategy, self.foreign(strategy)?))) {
+            Some((strategy, (option, found))) => Err(GivenError::Foreign { option, found, strategy }),
+            None => Ok(()),
         }
     }
 
@@ -161,9 +148,12 @@ impl Given {
         if way.strategy == Strategy::Streaming {
             way.overlap_steps = self.overlap_steps.unwrap_or(way.overlap_steps);
             way.fragments = self.fragments.unwrap_or_else(|| fragments(task, way.inner_steps));
+            if self.inner_steps.is_none() {
+                // As run.toml wants it; where both are given, others than ours may have run otherwise.
+                way.inner_steps = way.inner_steps.next_multiple_of(way.fragments);
+            }
         }
-        // Fragments that are given divide only some of the tried H.
-        way.inner_steps.is_multiple_of(way.fragments).then_some(way)
+        Some(way)
     }
 }
 
@@ -202,7 +192,7 @@ fn judge(task: &Task, given: &Given, sites: usize, step: Seconds, wan: Wan, way:
         link: Link { round_trip: wan.round_trip, ..rate },
         exchange: way.exchange,
         hiding: Hiding::Snapshot,
-        coding: way.coding(),
+        coding: given.coding.unwrap_or(way.coding()),
     };
     let loss = loss_ratio(task.shape.parameters(), sites as f64, f64::from(way.inner_steps));
     Judged { way, round: round_time_at(&case, wan.rate, wan.rate), loss }
@@ -237,7 +227,7 @@ mod tests {
                 overlap_steps: Some(way.overlap_steps),
                 bits: Some(way.bits),
                 exchange: Some(way.exchange),
-                density: 1.0,
+                ..Given::default()
             };
             assert_eq!(settled_to(given), [*judged]);
         }
@@ -253,8 +243,13 @@ mod tests {
         let sparse = Given { strategy, inner_steps: Some(77), bits: Some(14), density: 1.0 / 64.0, ..Given::default() };
         let sparse = settled_to(sparse);
         assert!((found[0].round.sent.0 / sparse[0].round.sent.0 - 64.0).abs() < 1e-9);
+        let coded =
+            |coding| settled_to(Given { coding, bits: Some(4), inner_steps: Some(77), strategy, ..Given::default() });
+        assert!(coded(Some(BytesPerSecond(1e12)))[0].round.stall < coded(None)[0].round.stall);
         let streaming = settled_to(Given { fragments: Some(6), inner_steps: Some(60), ..Given::default() });
         assert!(streaming.iter().all(|judged| judged.way.strategy == Strategy::Streaming) && !streaming.is_empty());
+        let sevens = settled_to(Given { fragments: Some(7), ..Given::default() });
+        assert!(sevens.iter().all(|judged| judged.way.inner_steps % 7 == 0) && !sevens.is_empty());
     }
 
     #[test]
@@ -265,8 +260,6 @@ mod tests {
         assert_eq!(error.to_string(), "--inner-steps 30 is given, but synchronous has none");
         let diloco = Given { strategy: Some(Strategy::Diloco), ..Given::default() };
         assert!(matches!(refused(Given { overlap_steps: Some(1), ..diloco }), GivenError::Foreign { .. }));
-        let uneven = Given { inner_steps: Some(100), fragments: Some(7), ..Given::default() };
-        assert_eq!(refused(uneven).to_string(), "--fragments 7 do not divide the 100 inner steps of a round");
         for density in [0.0, -1.0, 1.5, f64::NAN] {
             assert!(matches!(refused(Given { density, ..diloco }), GivenError::Range { .. }), "{density}");
         }

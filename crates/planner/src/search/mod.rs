@@ -462,6 +462,23 @@ pub enum PlanError {
     Model(#[from] ModelError),
 }
 
+impl PlanError {
+    /// Whether it is the description of the sites that has to change, and not what was asked for.
+    pub fn is_about_sites(&self) -> bool {
+        use PlanError::{Dark, DoesNotFit, Model, NoLink, Sites, TooFast, UnknownTariff};
+        matches!(
+            self,
+            Sites { .. }
+                | DoesNotFit { .. }
+                | Dark { .. }
+                | TooFast { .. }
+                | NoLink { .. }
+                | UnknownTariff { .. }
+                | Model(_)
+        )
+    }
+}
+
 impl Hint for PlanError {
     fn hint(&self) -> Option<String> {
         Some(match self {

@@ -11,11 +11,12 @@ use crate::failure::Failure;
 use crate::output::Output;
 use crate::texts;
 use planner::Catalogue;
-use planner::cluster::Cluster;
+use planner::cluster::{Cluster, ClusterError};
 use planner::model::shape::Transformer;
 use planner::search::between::Strategy;
 use planner::search::given::Given;
-use planner::search::{Caps, Objective, Plan, Task, Wish, plans};
+use planner::search::{Caps, Objective, Plan, PlanError, Task, Wish, plans};
+use planner::units::BytesPerSecond;
 use planner::wan::Exchange;
 use planner::what_if::Change;
 use planner::{models, picture, units};
@@ -91,6 +92,9 @@ pub(crate) struct Args {
     /// How deltas meet: each to each site, each site merging a slice, or over storage that all reach.
     #[arg(long, value_enum, help_heading = SETTLED)]
     exchange: Option<Meeting>,
+    /// GB of f32 that a site codes and decodes in a second; 2 unless given, and codes of 16 bits or more cost nothing.
+    #[arg(long, value_name = "GB_S", help_heading = SETTLED)]
+    coding_gb_s: Option<f64>,
     /// Every site takes part, also where the objective would leave one out.
     #[arg(long, help_heading = SETTLED)]
     all_sites: bool,
@@ -176,10 +180,8 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let Some(cluster) = cluster else { unreachable!("clap wants a cluster where there is no check") };
     let catalogue = catalogue(args.devices.as_deref())?;
     let (task, wish) = (task(&args)?, wish(&args)?);
-    let plans = planned(&catalogue, &cluster, &task, &wish).map_err(|failure| match &args.cluster {
-        Some(path) => failure.about(&path.display().to_string()),
-        None => failure,
-    })?;
+    let place = args.cluster.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
+    let plans = planned(&catalogue, &cluster, &task, &wish).map_err(|refusal| refusal.about(&place))?;
     let changes: Result<Vec<Change>, _> = args.what_if.iter().map(|text| Change::parse(text)).collect();
     let changes = changes?.into_iter().map(|change| {
         let best = changed(&catalogue, &cluster, &change, &task, &wish);
@@ -207,7 +209,32 @@ pub(crate) fn cluster(path: &Path) -> Result<Cluster, Failure> {
     Cluster::parse(&text).map_err(|error| Failure::from(error).about(&path.display().to_string()))
 }
 
-fn planned(catalogue: &Catalogue, cluster: &Cluster, task: &Task, wish: &Wish) -> Result<Vec<Plan>, Failure> {
+/// Why there are no plans, and whether the file of the cluster has to change.
+struct Refusal {
+    failure: Failure,
+    is_about_sites: bool,
+}
+
+impl Refusal {
+    /// The failure, with the file in front where it has to change.
+    fn about(self, file: &str) -> Failure {
+        if self.is_about_sites { self.failure.about(file) } else { self.failure }
+    }
+}
+
+impl From<ClusterError> for Refusal {
+    fn from(error: ClusterError) -> Self {
+        Self { failure: error.into(), is_about_sites: true }
+    }
+}
+
+impl From<PlanError> for Refusal {
+    fn from(error: PlanError) -> Self {
+        Self { is_about_sites: error.is_about_sites(), failure: error.into() }
+    }
+}
+
+fn planned(catalogue: &Catalogue, cluster: &Cluster, task: &Task, wish: &Wish) -> Result<Vec<Plan>, Refusal> {
     let (sites, links) = (cluster.specs(catalogue)?, cluster.network()?);
     Ok(plans(task, &sites, &links, wish)?)
 }
@@ -219,7 +246,8 @@ fn changed(
     task: &Task,
     wish: &Wish,
 ) -> Result<Plan, Failure> {
-    let plans = planned(catalogue, &change.apply(cluster)?, task, &Wish { count: 1, ..*wish })?;
+    let plans = planned(catalogue, &change.apply(cluster)?, task, &Wish { count: 1, ..*wish });
+    let plans = plans.map_err(|refusal| refusal.failure)?;
     plans.into_iter().next().ok_or_else(|| Failure::new("there is no plan", "ask without --what-if first"))
 }
 
@@ -292,5 +320,6 @@ fn given(args: &Args) -> Given {
             Meeting::Sharded => Exchange::Ring,
             Meeting::Storage => Exchange::UploadBound,
         }),
+        coding: args.coding_gb_s.map(BytesPerSecond::from_gigabytes),
     }
 }
