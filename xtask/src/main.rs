@@ -18,10 +18,12 @@ mod bench_link;
 mod bench_mixed;
 mod bench_plan;
 mod chart;
+mod docs;
 mod faults;
 mod finding;
 mod fit;
 mod namespaces;
+mod published;
 mod purity;
 mod runs;
 mod tidy;
@@ -50,6 +52,10 @@ enum Task {
     Fit(fit::Options),
     /// Run the test of every fault and write docs/faults.md from what was seen
     Faults(faults::Options),
+    /// Run the commands that the documents show and compare what they print
+    Docs(docs::Options),
+    /// Published runs beside what a plan says of them
+    Published(published::Options),
     /// Measure, and print what was compared with what
     #[command(subcommand)]
     Bench(Bench),
@@ -90,6 +96,8 @@ fn main() -> ExitCode {
         Task::Fix => verify::fix().map_err(|error| (error.to_string(), error.hint())),
         Task::Fit(options) => fit::run(&options).map_err(|error| (error.to_string(), error.hint())),
         Task::Faults(options) => faults::run(&options).map_err(|error| (error.to_string(), None)),
+        Task::Docs(options) => docs::run(&options).map_err(|error| (error.to_string(), None)),
+        Task::Published(options) => published::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Chaos(options)) => bench_chaos::run(&options).map_err(|error| (error.to_string(), None)),
         Task::Bench(Bench::Engine { arguments }) => {
             bench_engine::run(&arguments).map_err(|error| (error.to_string(), None))

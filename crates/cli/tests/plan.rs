@@ -113,12 +113,12 @@ fn one_bad_row_does_not_hide_the_others_but_fails_the_command() {
     assert!(!rows.lines().nth(1).unwrap().split(',').nth(24).unwrap().is_empty());
     assert!(
         errors.contains(
-            "error: row 2, column device: no device is called \"A1000\" in the catalogue\nhint: did you mean \"A100"
+            "error: cases.csv: row 2, column device: no device is called \"A1000\" in the catalogue\nhint: did you mean \"A100"
         ),
         "{errors}"
     );
     assert!(
-        errors.contains("error: row 3, column layers: \"3e9\" is not a whole number from 1 to 10000\n"),
+        errors.contains("error: cases.csv: row 3, column layers: \"3e9\" is not a whole number from 1 to 10000\n"),
         "{errors}"
     );
     assert!(errors.ends_with("error: 2 of 3 rows have no prediction\n"), "{errors}");
@@ -231,18 +231,157 @@ fn bad_clusters_are_refused_with_what_mends_them() {
     let message = refused("device.toml", "llama-3-8b");
     assert!(
         message.starts_with(
-            "error: site \"oslo\": no device is called \"H1000\" in the catalogue\nhint: did you mean \"H100"
+            "error: device.toml: line 6, site \"oslo\": no device is called \"H1000\" in the catalogue\nhint: did you mean \"H100"
         ),
         "{message}"
     );
     assert!(refused("unit.toml", "llama-3-8b").contains("link_default: gbit_s = 1000000000000 is not between"));
     assert!(refused("key.toml", "llama-3-8b").contains("unknown field `gbyte_s`"));
-    assert!(refused("apart.toml", "llama-3-8b").starts_with("error: no link joins oslo and lyon\nhint: add [[link]]"));
+    assert!(
+        refused("apart.toml", "llama-3-8b")
+            .starts_with("error: apart.toml: no link joins oslo and lyon\nhint: add [[link]]")
+    );
     let message = refused("small.toml", "llama-3-70b");
-    assert!(message.starts_with("error: home cannot hold the model: the leanest layout needs "), "{message}");
+    assert!(
+        message.starts_with("error: small.toml: home cannot hold the model: the leanest layout needs "),
+        "{message}"
+    );
     assert!(message.contains(" too few\nhint: give home ") && message.contains(" devices (it has 2)"), "{message}");
     assert!(refused("cluster.toml", "llama-3-70").contains("hint: did you mean \"llama-3-70b\"?"));
     assert!(place.failure(&format!("{PLAN} --what-if more")).contains("hint: write site=NAME"));
     // A change that cannot be made is told beside the plan.
     assert!(place.text(&format!("{PLAN} --what-if site=olso")).contains("hint: did you mean \"oslo\"?"));
+}
+
+/// Every refusal of a cluster names file and place, and what mends it.
+#[test]
+fn clusters_that_contradict_themselves_say_where_and_what_mends_them() {
+    let cases = [
+        ("gbit_s = 10", "gbit_s = nan", "link_default: gbit_s = NaN is not between", "give gbit_s its true value"),
+        ("\"lyon\"", "\"oslo\"", "line 12, site \"oslo\": another site has that name", "another name"),
+        ("\"lyon\"", "\"\\u001b[31m\"", "line 12, site \"\\u{1b}[31m\": the name is empty, ", "short name"),
+        ("devices = 64", "devices = 0", "line 6, site \"oslo\": devices = 0 is not between", "its true value"),
+        ("devices = 64", "devices = 64.5", "TOML parse error at line 9, column 11", "docs/plan.md"),
+        ("devices = 128", "devices = 128\nprecision = \"fp8\"", "A100 SXM4 80GB has no FP8 products", "\"bf16\""),
+    ];
+    for (from, to, message, hint) in cases {
+        let place = Place::with(&[("c.toml", &CLUSTER.replacen(from, to, 1))]);
+        let told = place.failure("plan --cluster c.toml --model llama-3-8b");
+        assert!(told.starts_with("error: c.toml: ") && told.contains(message), "{told}");
+        assert!(told.contains("\nhint: ") && told.contains(hint), "{told}");
+    }
+    let link = |ends: &str| format!("{CLUSTER}[[link]]\nbetween = [{ends}]\ngbit_s = 1\n");
+    for (text, message) in [
+        (link("\"oslo\", \"oslo\""), "line 18, link oslo - oslo joins a site with itself"),
+        (link("\"oslo\", \"lion\""), "line 18, link oslo - lion names \"lion\", which is no site"),
+        (link("\"oslo\", \"lyon\", \"rome\""), "expected the names of two sites"),
+        (link("\"oslo\", \"lyon\"") + &link("\"lyon\", \"oslo\"")[CLUSTER.len()..], "another link joins these two"),
+    ] {
+        let told = Place::with(&[("c.toml", &text)]).failure("plan --cluster c.toml --model llama-3-8b");
+        assert!(told.contains(message), "{told}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_says_the_least_change_that_would_do() {
+    let home =
+        |devices: u32, more: &str| format!("[[site]]\nname = \"home\"\ndevice = \"A100\"\ndevices = {devices}\n{more}");
+    let refused = |text: &str, options: &str| {
+        Place::with(&[("c.toml", text)]).failure(&format!("plan --cluster c.toml --model llama-3-8b {options}"))
+    };
+    // The number that is named is enough, and one less is not.
+    let told = refused(&home(1, ""), "--sequence 65536");
+    let needed: u32 = told.split("give home ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(refused(&home(needed - 1, ""), "--sequence 65536").contains(&format!("give home {needed} devices")));
+    let enough = Place::with(&[("c.toml", &home(needed, ""))]);
+    enough.text("plan --cluster c.toml --model llama-3-8b --sequence 65536");
+    // So is the sequence.
+    let told = refused(&home(16, ""), "--sequence 16777216 --batch 8 --tokens 1T");
+    let tokens: u32 = told.split("--sequence ").nth(1).unwrap().split([' ', '\n']).next().unwrap().parse().unwrap();
+    let place = Place::with(&[("c.toml", &home(16, ""))]);
+    place.text(&format!("plan --cluster c.toml --model llama-3-8b --batch 8 --tokens 1T --sequence {tokens}"));
+    let told = refused(&home(8, "power_limit_kw = 0.001\n"), "");
+    assert!(told.contains("home: power_limit_kw = 0.001 does not run one of its devices\nhint: raise power"), "{told}");
+    let told = refused(&home(8, "tokens_per_second = 1e9\n"), "");
+    assert!(told.contains("home: tokens_per_second = 1000000000 would be "), "{told}");
+    for told in [refused(&home(64, ""), "--tokens 1e6"), refused(&home(64, ""), "--tokens 1,4T")] {
+        assert!(told.starts_with("error: --tokens "), "{told}");
+    }
+}
+
+#[test]
+fn what_is_settled_beforehand_is_not_looked_for() {
+    let place = Place::with(&[("cluster.toml", CLUSTER)]);
+    let plan = |options: &str| place.object(&format!("{PLAN} --plans 1 --all-sites {options}"))["plans"][0].clone();
+    let found = plan("--strategy diloco --inner-steps 77 --bits 14 --exchange storage");
+    let figure = |name: &str| found[name].as_f64().unwrap();
+    assert_eq!((found["strategy"].as_str(), found["exchange"].as_str()), (Some("diloco"), Some("storage")));
+    assert_eq!((figure("inner_steps"), figure("bits")), (77.0, 14.0));
+    let sparse = plan("--strategy diloco --inner-steps 77 --bits 14 --exchange storage --density 0.015625");
+    let sent = |plan: &Value| plan["sent_bytes_per_site_and_round"].as_f64().unwrap();
+    assert!((sent(&found) / sent(&sparse) - 64.0).abs() < 1e-6);
+    assert_eq!(plan("--strategy synchronous")["sites"].as_array().unwrap().len(), 2);
+    let text =
+        place.text(&format!("{PLAN} --strategy diloco --inner-steps 77 --bits 14 --density 0.015625 --all-sites"));
+    assert!(text.contains("diloco, H = 77, 14 bits of 1.562 % of the values\n"), "{text}");
+    let told = place.failure(&format!("{PLAN} --strategy synchronous --inner-steps 30"));
+    assert!(told.starts_with("error: --inner-steps 30 is given, but synchronous has none\nhint: leave "), "{told}");
+    let told = place.failure(&format!("{PLAN} --density 2"));
+    assert!(told.starts_with("error: --density 2 is not between"), "{told}");
+    let told = place.failure("plan --cluster cluster.toml --model llama-3-8b --tokens 100M --batch 1024 --strategy diloco --all-sites --inner-steps 300");
+    assert!(told.starts_with("error: the run ends before its first merge: "), "{told}");
+}
+
+#[test]
+fn a_measured_speed_takes_the_place_of_the_predicted_one() {
+    let text = CLUSTER.replacen("devices = 64", "devices = 64\ntokens_per_second = 100000", 1);
+    let place = Place::with(&[("cluster.toml", &text)]);
+    let plan = place.object(&format!("{PLAN} --plans 100"));
+    let alone = plan["plans"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|plan| plan["sites"].as_array().unwrap().len() == 1 && plan["sites"][0]["name"] == "oslo");
+    let speed = alone.unwrap()["tokens_per_second"].as_f64().unwrap();
+    assert!((speed / 100_000.0 - 1.0).abs() < 1e-6, "{speed}");
+}
+
+#[test]
+fn rows_that_no_device_holds_or_that_lack_sense_are_told() {
+    let row = |from: &str, to: &str| CASES.replace(from, to);
+    let place = Place::with(&[
+        ("large.csv", &row(",2048,256,", ",2000000,256,")),
+        ("fp8.csv", &row("bf16", "fp8")),
+        ("network.csv", &row(",8,200", ",8,1e-300")),
+        ("devices.csv", &row("A100,64", "A100,65")),
+        ("semicolon.csv", &CASES.replace(',', ";")),
+    ]);
+    let output = place.run("predict --table large.csv");
+    assert!(output.status.success());
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        told.starts_with("note: row 1 is predicted, but its ") && told.ends_with("do not fit the device's memory\n"),
+        "{told}"
+    );
+    assert_eq!(place.object("predict --table large.csv")["rows"][0]["fits"], false);
+    for (file, message) in [
+        (
+            "fp8.csv",
+            "fp8.csv: row 1, column precision: A100 SXM4 80GB has no FP8 products\nhint: write bf16 into precision of row 1",
+        ),
+        (
+            "network.csv",
+            "network.csv: row 1, column interconnect_gbit_s: \"1e-300\" is not a number of Gbit/s from 0.001 to",
+        ),
+        (
+            "devices.csv",
+            "devices.csv: row 1, column devices: \"65\" is not tp pp cp dp, 64\nhint: write tp pp cp dp, 64 into",
+        ),
+        ("semicolon.csv", "semicolon.csv: the header is one cell that holds a semicolon"),
+    ] {
+        let told = place.failure(&format!("predict --table {file}"));
+        assert!(told.starts_with(&format!("error: {message}")), "{told}");
+    }
+    let known = place.object("devices --catalogue");
+    assert!(known["devices"].as_array().unwrap().iter().any(|device| device["name"] == "A100 SXM4 80GB"));
 }

@@ -11,6 +11,9 @@ const COLUMNS_MAX: usize = 256;
 /// Longest cell, bytes.
 const CELL_BYTES_MAX: usize = 64 << 10;
 
+/// Characters of a column's name that a complaint repeats.
+const COLUMN_CHARACTERS_SHOWN: usize = 80;
+
 /// Why a text is no table.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -41,8 +44,20 @@ pub enum CsvError {
     /// A quote that is not closed.
     #[error("row {row}: a quoted cell does not end")]
     OpenQuote {
-        /// Row, counted from 1 after the header.
+        /// Row, counted from 1 after the header, which is 0.
         row: usize,
+    },
+    /// Text between a closing quote and the next comma.
+    #[error("row {row}: text follows the closing quote of a cell")]
+    AfterQuote {
+        /// Row, counted from 1 after the header, which is 0.
+        row: usize,
+    },
+    /// Columns divided by something else.
+    #[error("the header is one cell that holds a {separator}: columns are divided by commas")]
+    Separator {
+        /// What divides them.
+        separator: &'static str,
     },
     /// Two columns of one name.
     #[error("the header names the column \"{column}\" twice")]
@@ -65,6 +80,8 @@ impl Hint for CsvError {
             Self::Empty => "begin with the line of columns that docs/planner.md gives".to_owned(),
             Self::Ragged { row, .. } => format!("count the commas of row {row}; a cell with a comma needs quotes"),
             Self::OpenQuote { row } => format!("close the quote of row {row} with \""),
+            Self::AfterQuote { row } => format!("write a quote inside a quoted cell of row {row} twice: \"\""),
+            Self::Separator { .. } => "save the table with commas between its columns".to_owned(),
             Self::DoubleColumn { column } => format!("remove one of the columns \"{column}\""),
             Self::NoColumn { column } => format!("add \"{column}\" to the first line"),
         })
@@ -86,8 +103,14 @@ impl Table {
         let header = records.next_record()?.ok_or(CsvError::Empty)?;
         bounded("columns", header.len(), COLUMNS_MAX)?;
         let header: Vec<String> = header.iter().map(|name| name.trim().to_owned()).collect();
+        if let [one] = &header[..] {
+            let separators = [(';', "semicolon"), ('\t', "tab")];
+            if let Some((_, separator)) = separators.into_iter().find(|(separator, _)| one.contains(*separator)) {
+                return Err(CsvError::Separator { separator });
+            }
+        }
         if let Some(column) = header.iter().enumerate().find(|(index, name)| header[..*index].contains(name)) {
-            return Err(CsvError::DoubleColumn { column: column.1.clone() });
+            return Err(CsvError::DoubleColumn { column: column.1.chars().take(COLUMN_CHARACTERS_SHOWN).collect() });
         }
         let mut rows = Vec::new();
         while let Some(cells) = records.next_record()? {
@@ -147,9 +170,7 @@ struct Records<'a> {
 impl Records<'_> {
     /// The next line that is not blank; a quoted cell may span lines.
     fn next_record(&mut self) -> Result<Option<Vec<String>>, CsvError> {
-        while let Some(after) = self.rest.strip_prefix("\r\n").or_else(|| self.rest.strip_prefix('\n')) {
-            self.rest = after;
-        }
+        self.rest = self.rest.trim_start_matches(['\r', '\n']);
         if self.rest.is_empty() {
             return Ok(None);
         }
@@ -184,9 +205,13 @@ impl Records<'_> {
                 }
             }
             self.rest = inside;
+            if !inside.trim_start_matches(' ').starts_with([',', '\r', '\n']) && !inside.trim().is_empty() {
+                return Err(CsvError::AfterQuote { row: self.row });
+            }
         }
-        let end = self.rest.find([',', '\n']).unwrap_or(self.rest.len());
-        cell.push_str(self.rest[..end].trim_end_matches('\r'));
+        // A carriage return ends a line as well, with or without a line feed after it.
+        let end = self.rest.find([',', '\r', '\n']).unwrap_or(self.rest.len());
+        cell.push_str(&self.rest[..end]);
         let ended = !self.rest[end..].starts_with(',');
         self.rest = self.rest.get(end + 1..).unwrap_or("");
         Ok((cell, ended))
@@ -205,6 +230,8 @@ mod tests {
         assert_eq!(table.cell(1, "b"), Some(""));
         assert_eq!(table.cell(1, "c"), None);
         assert_eq!(quoted("x, \"y\""), "\"x, \"\"y\"\"\"");
+        let old = Table::parse("a,b\r1,2\r\r3,4").unwrap();
+        assert_eq!((old.len(), old.cell(1, "b")), (2, Some("4")));
     }
 
     #[test]
@@ -213,6 +240,11 @@ mod tests {
         assert_eq!(message(""), "the table is empty: its first line must name the columns");
         assert_eq!(message("a,b\n1,2\n3\n"), "row 2 has 1 cells, the header 2");
         assert_eq!(message("a\n\"x"), "row 1: a quoted cell does not end");
+        assert_eq!(message("a\n\"x\"y\n"), "row 1: text follows the closing quote of a cell");
+        assert_eq!(
+            message("a;b\n1;2\n"),
+            "the header is one cell that holds a semicolon: columns are divided by commas"
+        );
         assert_eq!(message("a,a\n"), "the header names the column \"a\" twice");
         assert!(message(&"a,".repeat(300)).contains("too large"));
         assert_eq!(Table::parse("a\n").unwrap().require("b").unwrap_err().to_string(), "the table has no column \"b\"");

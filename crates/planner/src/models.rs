@@ -9,6 +9,9 @@ const SEQUENCE: f64 = 4_096.0;
 /// Least and greatest number of parameters for which a shape is made.
 const PARAMETERS: (f64, f64) = (1e6, 1e14);
 
+/// Vocabulary of a model of fewer parameters than so many: a small model of a large vocabulary would be all embedding.
+const VOCABULARIES: &[(f64, f64)] = &[(1e7, 1_024.0), (1e8, 8_192.0), (5e8, 32_000.0)];
+
 /// Name, layers, width, feed-forward, heads, key-value heads, vocabulary, experts, experts a token, gated.
 type Known = (&'static str, f64, f64, f64, f64, f64, f64, f64, f64, bool);
 
@@ -22,6 +25,7 @@ const KNOWN: &[Known] = &[
     ("mixtral-8x7b", 32.0, 4096.0, 14_336.0, 32.0, 8.0, 32_000.0, 8.0, 2.0, true),
     ("deepseek-v3-671b", 60.0, 7168.0, 2048.0, 56.0, 46.0, 129_280.0, 256.0, 9.0, true),
     ("gpt3-175b", 96.0, 12_288.0, 49_152.0, 96.0, 96.0, 50_257.0, 1.0, 1.0, false),
+    ("intellect-1-10b", 42.0, 4096.0, 14_336.0, 32.0, 8.0, 128_256.0, 1.0, 1.0, true),
     ("gpt-1t", 128.0, 25_600.0, 102_400.0, 160.0, 160.0, 51_200.0, 1.0, 1.0, false),
 ];
 
@@ -67,6 +71,7 @@ pub fn names() -> Vec<&'static str> {
 /// # Errors
 /// Neither a known name nor a number, or a number that no model has.
 pub fn parse(text: &str) -> Result<Transformer, ModelNameError> {
+    let text = text.trim();
     if let Some(shape) = named(text) {
         return Ok(shape);
     }
@@ -101,7 +106,7 @@ fn llama_of(parameters: f64) -> Transformer {
         ffn: (3.5 * hidden / 256.0).round().max(1.0) * 256.0,
         heads: hidden / 128.0,
         kv_heads: (hidden / 128.0).min(8.0),
-        vocab: if parameters < 5e8 { 32_000.0 } else { 128_256.0 },
+        vocab: VOCABULARIES.iter().find(|(below, _)| parameters < *below).map_or(128_256.0, |(_, vocab)| *vocab),
         seq: SEQUENCE,
         experts: 1.0,
         experts_per_token: 1.0,
@@ -124,7 +129,7 @@ mod tests {
     #[test]
     fn known_models_have_the_parameters_of_their_names() {
         // The output projection is counted once with the embedding, which Llama 3 has twice.
-        let wanted = [1.24e9, 7.5e9, 69.5e9, 403.7e9, 32e9, 46.6e9, 671e9, 175e9, 1008e9];
+        let wanted = [1.24e9, 7.5e9, 69.5e9, 403.7e9, 32e9, 46.6e9, 671e9, 175e9, 9.7e9, 1008e9];
         for (name, wanted) in names().into_iter().zip(wanted) {
             let found = parse(name).unwrap().parameters();
             assert!((found / wanted - 1.0).abs() < 0.03, "{name}: {found:e}");
@@ -135,9 +140,10 @@ mod tests {
 
     #[test]
     fn a_number_makes_a_llama_of_that_size() {
-        for wanted in [125e6, 1e9, 7e9, 70e9, 1e12] {
-            let found = parse(&format!("{wanted:e}")).unwrap();
-            assert!((found.parameters() / wanted - 1.0).abs() < 0.1, "{wanted:e}: {found:?}");
+        for exponent in 60..=140 {
+            let wanted = 10_f64.powf(f64::from(exponent) / 10.0);
+            let found = parse(&format!("{wanted}")).unwrap();
+            assert!((found.parameters() / wanted - 1.0).abs() < 0.2, "{wanted:e}: {found:?}");
             assert_eq!(found.hidden % found.heads, 0.0);
         }
     }

@@ -249,7 +249,8 @@ impl Div<Seconds> for Bytes {
     }
 }
 
-/// A count as people write it: "70B", "1.4T", "512k", "2e12"; none where it is no finite number.
+/// A count as people write it: "70B", "1.4T", "512k", "2e12", "1,024"; none where it is no finite number, or where a comma stands elsewhere than
+/// before three digits ("1,4T" is 1.4 to some and would be 14 here).
 pub fn parse_count(text: &str) -> Option<f64> {
     let text = text.trim();
     let (digits, factor) = match text.chars().last()? {
@@ -259,7 +260,13 @@ pub fn parse_count(text: &str) -> Option<f64> {
         't' | 'T' => (&text[..text.len() - 1], 1e12),
         _ => (text, 1.0),
     };
-    let number: f64 = digits.trim().replace([',', '_'], "").parse().ok()?;
+    let digits = digits.trim();
+    let mut groups =
+        digits.split([',', '_']).skip(1).map(|group| group.split(['.', 'e', 'E']).next().unwrap_or_default());
+    if groups.any(|group| group.len() != 3) {
+        return None;
+    }
+    let number: f64 = digits.replace([',', '_'], "").parse().ok()?;
     (number * factor).is_finite().then_some(number * factor)
 }
 
@@ -282,7 +289,8 @@ mod tests {
     fn counts_are_read_as_people_write_them() {
         let counts = ["70B", "1.4T", "512k", "2e12", "1,024"].map(parse_count);
         assert_eq!(counts, [70e9, 1.4e12, 512e3, 2e12, 1024.0].map(Some));
-        assert_eq!(["", "B", "seven", "1e400", "NaN"].map(parse_count), [None; 5]);
+        assert_eq!(["", "B", "seven", "1e400", "NaN", "1,4T", "1,0000", "1,"].map(parse_count), [None; 8]);
+        assert_eq!(["1,400.5B", "1_000_000"].map(parse_count), [1.4005e12, 1e6].map(Some));
     }
 
     #[test]

@@ -3,6 +3,9 @@
 use crate::cluster::{Cluster, ClusterError, LinkEntry};
 use base::Hint;
 
+/// Gbit/s that a link may get more.
+const GIGABITS: core::ops::RangeInclusive<f64> = 1e-6..=1e6;
+
 /// A change of a cluster.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
@@ -62,18 +65,19 @@ impl Change {
         let form = || ChangeError::Form(text.chars().take(80).collect());
         let (kind, rest) = text.split_once('=').ok_or_else(form)?;
         match kind.trim() {
-            "site" if !rest.is_empty() => Ok(Self::Site(rest.trim().to_owned())),
+            "site" if !rest.trim().is_empty() => Ok(Self::Site(rest.trim().to_owned())),
             "link" => {
                 let (ends, gigabits) = rest.rsplit_once('+').ok_or_else(form)?;
                 let (one, other) = ends.split_once(',').ok_or_else(form)?;
                 let gigabits: f64 = gigabits.trim().parse().map_err(|_| form())?;
-                if !(gigabits.is_finite() && gigabits > 0.0) {
+                if !GIGABITS.contains(&gigabits) {
                     return Err(form());
                 }
                 Ok(Self::Link { one: one.trim().to_owned(), other: other.trim().to_owned(), gigabits })
             }
             "device" => {
-                let (site, device) = rest.split_once(':').ok_or_else(form)?;
+                let (site, device) =
+                    rest.split_once(':').filter(|(_, device)| !device.trim().is_empty()).ok_or_else(form)?;
                 Ok(Self::Device { site: site.trim().to_owned(), device: device.trim().to_owned() })
             }
             _ => Err(form()),
@@ -104,8 +108,8 @@ impl Change {
                 let all = entry.groups.iter().map(|group| group.devices).sum::<u32>() + entry.devices.unwrap_or(0);
                 entry.groups.clear();
                 (entry.device, entry.devices) = (Some(device.clone()), Some(all));
-                // What was said of the old device's power is not the new one's.
-                entry.power_w_per_device = None;
+                // What was said of the old device's power and speed is not the new one's.
+                (entry.power_w_per_device, entry.tokens_per_second) = (None, None);
             }
         }
         changed.check()?;
@@ -118,9 +122,11 @@ fn add_site(cluster: &mut Cluster, name: &str) -> Result<(), ChangeError> {
     let mut twin = cluster.sites[cluster.place(name, "--what-if")?].clone();
     let taken = |name: &str| cluster.sites.iter().any(|site| site.name == name);
     let free = (2..).map(|number| format!("{name}-{number}")).find(|name| !taken(name));
+    twin.line = None;
     twin.name = free.unwrap_or_else(|| unreachable!("numbers do not end"));
+    let new = |link: LinkEntry| LinkEntry { line: None, ..link };
     let mine: Vec<LinkEntry> =
-        cluster.links.iter().filter(|link| link.between.iter().any(|end| end == name)).cloned().collect();
+        cluster.links.iter().filter(|link| link.between.iter().any(|end| end == name)).cloned().map(new).collect();
     let fastest = mine.iter().max_by(|left, right| left.gbit_s.total_cmp(&right.gbit_s)).cloned();
     for mut link in mine {
         link.between.iter_mut().filter(|end| *end == name).for_each(|end| end.clone_from(&twin.name));
@@ -143,6 +149,7 @@ fn widen(cluster: &mut Cluster, one: &str, other: &str, gigabits: f64) -> Result
     }
     let figures = cluster.link_default.clone().ok_or_else(|| ChangeError::NoLink(one.to_owned(), other.to_owned()))?;
     cluster.links.push(LinkEntry {
+        line: None,
         between: [one.to_owned(), other.to_owned()],
         gbit_s: figures.gbit_s + gigabits,
         round_trip_ms: figures.round_trip_ms,
@@ -194,8 +201,8 @@ mod tests {
 
     #[test]
     fn other_words_are_refused_with_the_forms() {
-        for text in ["", "more", "link=oslo,lyon", "link=oslo,lyon+x", "link=oslo,lyon+-1", "device=lyon", "city=oslo"]
-        {
+        let links = ["link=oslo,lyon", "link=oslo,lyon+x", "link=oslo,lyon+-1", "link=oslo,lyon+1e300"];
+        for text in ["", "more", "site= ", "device=lyon", "device=lyon:", "city=oslo"].into_iter().chain(links) {
             let error = changed(text).unwrap_err();
             assert!(
                 matches!(error, ChangeError::Form(_)) && error.hint().unwrap().contains("link=oslo,paris+1"),

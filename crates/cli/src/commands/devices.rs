@@ -8,7 +8,10 @@ use crate::format::bytes;
 use crate::output::Output;
 use base::Hint;
 use engine::{DeviceRates, DeviceReport, EngineError};
+use planner::catalogue::Fp8Scale;
+use planner::{Catalogue, Device};
 use serde::Serialize;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// Measuring one device takes about this long.
@@ -17,12 +20,15 @@ const MEASURE_SECONDS: f64 = 1.5;
 /// Stacks of the native engine that need a cargo feature, a driver and a device.
 const STACKS: [&str; 5] = ["wgpu", "vulkan", "cuda", "rocm", "metal"];
 
-/// List the devices of this machine: maker, memory, driver, measured speed
+/// List the devices of this machine: maker, memory, driver, measured speed; or those that plans know
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Leave out the measuring, which takes some seconds a device.
     #[arg(long)]
     no_measure: bool,
+    /// List instead the devices that `plan` and `predict` know by name, in their makers' figures.
+    #[arg(long, conflicts_with_all = ["no_measure", "python"])]
+    catalogue: bool,
     /// torch: the interpreter that has PyTorch; BERINGIA_PYTHON or python3 unless given.
     #[arg(long, value_name = "PATH")]
     python: Option<PathBuf>,
@@ -57,6 +63,12 @@ impl LeftOut {
 
 /// Runs the command.
 pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
+    if args.catalogue {
+        let known = Catalogue::built_in();
+        output.object(&catalogue_object(&known));
+        output.text(&catalogue_table(&known));
+        return Ok(());
+    }
     let seconds = (!args.no_measure).then_some(MEASURE_SECONDS);
     if seconds.is_some() {
         output.notice("measuring; `--no-measure` lists the devices at once");
@@ -137,15 +149,19 @@ fn table(devices: &[DeviceReport]) -> String {
             number(rates.copy_gigabytes_per_second, 1),
         ]
     }));
+    // Numbers stand under each other by their last digit.
+    columns(&rows, &|column| column == 3 || column >= 5)
+}
+
+/// Rows of cells, columns as wide as what they hold; those of numbers aligned to the right.
+fn columns<const N: usize>(rows: &[[String; N]], is_number: &dyn Fn(usize) -> bool) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let widths: [usize; N] = std::array::from_fn(width);
     let mut table = String::new();
-    for row in &rows {
+    for row in rows {
         let cell = |(column, text): (usize, &String)| {
             let width = widths[column];
-            // Numbers stand under each other by their last digit.
-            let is_number = column == 3 || column >= 5;
-            if is_number { format!("{text:>width$}") } else { format!("{text:<width$}") }
+            if is_number(column) { format!("{text:>width$}") } else { format!("{text:<width$}") }
         };
         let line = row.iter().enumerate().map(cell).collect::<Vec<_>>().join("  ");
         table.push_str(line.trim_end());
@@ -154,10 +170,56 @@ fn table(devices: &[DeviceReport]) -> String {
     table
 }
 
+/// What plans know: one line a device.
+fn catalogue_table(known: &Catalogue) -> String {
+    let number = |value: Option<f64>| value.map_or("?".to_owned(), |value| value.to_string());
+    let head = ["name", "maker", "memory GiB", "bf16 TFLOP/s", "fp8 TFLOP/s", "status", "also called"];
+    let mut rows = vec![head.map(str::to_owned)];
+    rows.extend(known.devices().iter().map(|device| {
+        [
+            device.name.clone(),
+            device.vendor.clone(),
+            number(device.memory_gib),
+            number(device.bf16_tflops),
+            if device.fp8_scale == Fp8Scale::None { "none".to_owned() } else { number(device.fp8_tflops) },
+            device.status.clone(),
+            device.aliases.join(", "),
+        ]
+    }));
+    columns(&rows, &|column| (2..5).contains(&column))
+}
+
+/// The same as one object; unknown is null.
+fn catalogue_object(known: &Catalogue) -> Value {
+    let device = |device: &Device| {
+        json!({
+            "name": device.name,
+            "aliases": device.aliases,
+            "maker": device.vendor,
+            "status": device.status,
+            "memory_gib": device.memory_gib,
+            "bf16_tflops": device.bf16_tflops,
+            "fp8_tflops": device.fp8_tflops.filter(|_| device.fp8_scale != Fp8Scale::None),
+            "source": device.source,
+        })
+    };
+    json!({ "devices": known.devices().iter().map(device).collect::<Vec<_>>() })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use engine::{DeviceInfo, Precision};
+
+    #[test]
+    fn the_catalogue_has_a_line_for_each_device_it_knows() {
+        let known = Catalogue::built_in();
+        let table = catalogue_table(&known);
+        assert_eq!(table.lines().count(), known.devices().len() + 1);
+        let line = table.lines().find(|line| line.starts_with("Ascend 910D ")).unwrap();
+        assert!(line.contains('?'), "unknown stays unknown: {line}");
+        assert_eq!(catalogue_object(&known)["devices"].as_array().unwrap().len(), known.devices().len());
+    }
 
     #[test]
     fn devices_are_lines_of_aligned_columns() {

@@ -39,7 +39,8 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     })?;
     output.text(&predicted.csv);
     output.object(&object(&predicted));
-    let failed = tell_errors(&predicted, output);
+    tell_too_large(&predicted, output);
+    let failed = tell_errors(&predicted, &args.table, output);
     output.finish()?;
     match failed {
         0 => Ok(()),
@@ -58,11 +59,26 @@ pub(crate) fn catalogue(devices: Option<&Path>) -> Result<Catalogue, Failure> {
     built_in.with_user_file(&text).map_err(|error| Failure::from(error).about(&path.display().to_string()))
 }
 
+/// Says on standard error which rows were predicted although no device holds them.
+fn tell_too_large(predicted: &Predicted, output: &Output) {
+    let rows = predicted.rows.iter().enumerate().filter_map(|(row, found)| Some((row + 1, found.as_ref().ok()?)));
+    let too_large: Vec<_> = rows.filter(|(_, prediction)| prediction.fits == Some(false)).collect();
+    for (row, prediction) in too_large.iter().take(ERRORS_SHOWN_MAX) {
+        let needed = prediction.memory.total().gib();
+        output.notice(format_args!(
+            "note: row {row} is predicted, but its {needed:.1} GiB do not fit the device's memory"
+        ));
+    }
+    if too_large.len() > ERRORS_SHOWN_MAX {
+        output.notice(format_args!("note: {} rows do not fit their device's memory", too_large.len()));
+    }
+}
+
 /// Says on standard error which rows have no prediction and why; how many.
-fn tell_errors(predicted: &Predicted, output: &Output) -> usize {
+fn tell_errors(predicted: &Predicted, table: &Path, output: &Output) -> usize {
     let failed = predicted.errors().count();
     for error in predicted.errors().take(ERRORS_SHOWN_MAX) {
-        output.notice(format_args!("error: {error}"));
+        output.notice(format_args!("error: {}: {error}", table.display()));
         if let Some(hint) = error.hint() {
             output.notice(format_args!("hint: {hint}"));
         }
@@ -98,6 +114,7 @@ fn row_object(predicted: &Predicted, row: usize, found: &Result<Prediction, RowE
             "tflops_per_device": prediction.useful.tera(),
             "mfu": prediction.mfu,
             "memory_gib": prediction.memory.total().gib(),
+            "fits": prediction.fits,
             "compute_share": prediction.compute_share,
             "communication_share": prediction.communication_share,
             "bubble_share": prediction.bubble_share,

@@ -4,7 +4,7 @@
 use crate::units::{Bytes, BytesPerSecond, FlopPerSecond};
 use base::Hint;
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The entries that come with the program.
 const BUILT_IN: &str = include_str!("devices.toml");
@@ -17,6 +17,28 @@ const DEVICES_MAX: usize = 10_000;
 
 /// Least similarity (Jaro-Winkler) at which another name is suggested.
 const SUGGESTION_SIMILARITY: f64 = 0.7;
+
+/// Greatest figures of a device that can be meant: some hundred times those of today's, so that a slip of units is not computed with. The least
+/// is that over 10^9.
+const GREATEST: &[(&str, f64)] = &[
+    ("year", 2_200.0),
+    ("memory_gib", 1e6),
+    ("memory_bandwidth_gb_s", 1e7),
+    ("fp32_tflops", 1e6),
+    ("tf32_tflops", 1e6),
+    ("bf16_tflops", 1e6),
+    ("fp16_tflops", 1e6),
+    ("fp8_tflops", 1e6),
+    ("fp4_tflops", 1e6),
+    ("int8_tops", 1e6),
+    ("measured_bf16_gemm_tflops", 1e6),
+    ("scale_up_gb_s", 1e6),
+    ("scale_up_domain_devices", 1e6),
+    ("tdp_w", 1e5),
+];
+
+/// Least figure over the greatest.
+const LEAST: f64 = 1e-9;
 
 /// What scale the hardware's own FP8 matrix product wants, and so what a site can exchange or train with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -236,7 +258,7 @@ pub enum CatalogueError {
         maximum: usize,
     },
     /// A rate, size or bandwidth that nothing can have.
-    #[error("device \"{device}\": {key} = {value} is not a positive finite number")]
+    #[error("device \"{device}\": {key} = {value} is not a positive number up to {greatest}")]
     Absurd {
         /// Which entry.
         device: String,
@@ -244,6 +266,24 @@ pub enum CatalogueError {
         key: String,
         /// Its value.
         value: f64,
+        /// Greatest that can be meant.
+        greatest: f64,
+    },
+    /// An entry without a name, or with one of signs only.
+    #[error("the [[device]] at place {place} of the file has no name with a letter or digit")]
+    Nameless {
+        /// Counted from 1.
+        place: usize,
+    },
+    /// Two devices of one name.
+    #[error("\"{name}\" names two devices, {one} and {other}")]
+    Twice {
+        /// The name or alias.
+        name: String,
+        /// One of them.
+        one: String,
+        /// The other.
+        other: String,
     },
     /// No such device.
     #[error("no device is called \"{name}\" in the catalogue")]
@@ -261,7 +301,12 @@ impl Hint for CatalogueError {
             Self::Unknown { near: Some(near), .. } => {
                 format!("did you mean \"{near}\"? A device of your own goes into the file given with --devices")
             }
-            Self::Unknown { .. } => "add a [[device]] with its figures to the file given with --devices".to_owned(),
+            Self::Unknown { .. } => {
+                "`beringia devices --catalogue` lists the known ones; your own goes as a [[device]] into the file given with --devices"
+                    .to_owned()
+            }
+            Self::Nameless { .. } => "give it name = \"...\"".to_owned(),
+            Self::Twice { name, .. } => format!("keep one [[device]] for \"{name}\", with all that it says"),
             Self::Absurd { key, .. } => format!("give {key} its true value, or leave the key out if it is unknown"),
             Self::Syntax(_) => "compare with an entry of docs/planner.md, \"A device of your own\"".to_owned(),
             Self::TooLarge { .. } => "keep only the devices of your sites".to_owned(),
@@ -286,8 +331,17 @@ impl Catalogue {
     /// These devices with a user's own over them: an entry with a known name or alias overrides the keys it has, any other is new.
     pub fn with_user_file(&self, text: &str) -> Result<Self, CatalogueError> {
         let mut devices = self.devices.clone();
-        for table in tables_of(text)? {
+        let mut said = BTreeSet::new();
+        for (index, table) in tables_of(text)?.into_iter().enumerate() {
             let name = table.get("name").and_then(toml::Value::as_str).unwrap_or_default().to_owned();
+            if simplified(&name).is_empty() {
+                return Err(CatalogueError::Nameless { place: index + 1 });
+            }
+            let known =
+                devices.iter().find(|device| device.is_called(&name)).map_or(&name, |device| &device.name).clone();
+            if !said.insert(simplified(&known)) {
+                return Err(CatalogueError::Twice { one: known.clone(), other: known, name });
+            }
             match devices.iter_mut().find(|device| device.is_called(&name)) {
                 Some(known) => *known = overridden(known, &table)?,
                 None => devices.extend(devices_of(&[table])?),
@@ -296,6 +350,7 @@ impl Catalogue {
         if devices.len() > DEVICES_MAX {
             return Err(CatalogueError::TooLarge { what: "devices", found: devices.len(), maximum: DEVICES_MAX });
         }
+        unambiguous(&devices)?;
         Ok(Self { devices })
     }
 
@@ -363,20 +418,35 @@ fn overridden(known: &Device, table: &toml::Table) -> Result<Device, CatalogueEr
     device_of(&merged)
 }
 
-fn refuse_absurd(table: &toml::Table) -> Result<(), CatalogueError> {
-    let numbers: BTreeMap<&String, f64> = table
-        .iter()
-        .filter_map(|(key, value)| {
-            Some((key, value.as_float().or_else(|| value.as_integer().map(|number| number as f64))?))
-        })
-        .collect();
-    match numbers.into_iter().find(|(_, value)| !(value.is_finite() && *value > 0.0)) {
-        None => Ok(()),
-        Some((key, value)) => {
-            let device = table.get("name").and_then(toml::Value::as_str).unwrap_or("without a name").to_owned();
-            Err(CatalogueError::Absurd { device, key: key.clone(), value })
+/// Refuses a name or alias of two devices: the first would hide the other.
+fn unambiguous(devices: &[Device]) -> Result<(), CatalogueError> {
+    let mut named: BTreeMap<String, &str> = BTreeMap::new();
+    for device in devices {
+        for name in std::iter::once(&device.name).chain(&device.aliases) {
+            match named.insert(simplified(name), &device.name) {
+                Some(other) if other != device.name => {
+                    let (one, other) = (other.to_owned(), device.name.clone());
+                    return Err(CatalogueError::Twice { name: name.clone(), one, other });
+                }
+                _ => {}
+            }
         }
     }
+    Ok(())
+}
+
+fn refuse_absurd(table: &toml::Table) -> Result<(), CatalogueError> {
+    for (key, value) in table {
+        let Some(value) = value.as_float().or_else(|| value.as_integer().map(|number| number as f64)) else { continue };
+        let known = GREATEST.iter().find(|(name, _)| name == key);
+        // A number under any other key is no figure: the entry's own types refuse it.
+        let Some((_, greatest)) = known else { continue };
+        if !(greatest * LEAST..=*greatest).contains(&value) {
+            let device = table.get("name").and_then(toml::Value::as_str).unwrap_or("without a name").to_owned();
+            return Err(CatalogueError::Absurd { device, key: key.clone(), value, greatest: *greatest });
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -486,10 +556,42 @@ mod tests {
         let built_in = Catalogue::built_in();
         let negative = "[[device]]\nname = \"A100\"\nmemory_gib = -80";
         let error = built_in.with_user_file(negative).unwrap_err();
-        assert_eq!(error.to_string(), "device \"A100 SXM4 80GB\": memory_gib = -80 is not a positive finite number");
+        assert_eq!(
+            error.to_string(),
+            "device \"A100 SXM4 80GB\": memory_gib = -80 is not a positive number up to 1000000"
+        );
+        for figure in
+            ["bf16_tflops = 1e300", "bf16_tflops = 1e-300", "memory_gib = nan", "memory_gib = inf", "tdp_w = 0"]
+        {
+            let text = format!("[[device]]\nname = \"A100\"\n{figure}");
+            assert!(matches!(built_in.with_user_file(&text), Err(CatalogueError::Absurd { .. })), "{figure}");
+        }
         let misspelt = "[[device]]\nname = \"A100\"\nmemory_gb = 80";
         assert!(built_in.with_user_file(misspelt).unwrap_err().to_string().contains("memory_gb"));
         assert!(matches!(built_in.with_user_file("[[dev"), Err(CatalogueError::Syntax(_))));
+    }
+
+    #[test]
+    fn every_figure_of_a_device_has_a_range() {
+        let built_in = tables_of(BUILT_IN).unwrap();
+        for (key, value) in built_in.iter().flatten() {
+            assert!(!(value.is_float() || value.is_integer()) || GREATEST.iter().any(|(name, _)| name == key), "{key}");
+        }
+    }
+
+    #[test]
+    fn names_that_are_none_or_name_two_devices_are_refused() {
+        let built_in = Catalogue::built_in();
+        let own = "[[device]]\nvendor = \"us\"\nkind = \"npu\"\nstatus = \"announced\"\nfp8_scale = \"none\"\nsource = \"a wish\"\n";
+        for name in ["", "name = \"\"", "name = \"+++\""] {
+            let error = built_in.with_user_file(&format!("{own}{name}\n")).unwrap_err();
+            assert_eq!(error, CatalogueError::Nameless { place: 1 });
+        }
+        let twice = "[[device]]\nname = \"H20\"\nmemory_gib = 141\n[[device]]\nname = \"h-20\"\ntdp_w = 500\n";
+        let error = built_in.with_user_file(twice).unwrap_err();
+        assert!(matches!(&error, CatalogueError::Twice { one, .. } if one == "H20 96GB"), "{error}");
+        let error = built_in.with_user_file(&format!("{own}name = \"Mine\"\naliases = [\"h100\"]\n")).unwrap_err();
+        assert!(matches!(&error, CatalogueError::Twice { other, .. } if other == "Mine"), "{error}");
     }
 
     #[test]

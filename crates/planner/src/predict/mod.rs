@@ -24,7 +24,7 @@
 //! | stack | classic for fp16, else modern | attention and kernels: loss-scaled fp16 is the mark of the stacks of 2020 to 2022 |
 //! | overlap | none for classic, else data | none, data, full |
 
-use crate::catalogue::{Catalogue, CatalogueError, Device, Precision};
+use crate::catalogue::{Catalogue, CatalogueError, Device, Fp8Scale, Precision};
 use crate::csv::{CsvError, Table, quoted};
 use crate::model::layout::{Layout, Overlap, Recompute, Stack};
 use crate::model::shape::Transformer;
@@ -91,8 +91,11 @@ const GREATEST: &[(&str, f64)] = &[
     ("interleave", 1e4),
 ];
 
-/// Greatest network of a device, Gbit/s: 1 Pbit/s.
-const NETWORK_GIGABITS_MAX: f64 = 1e6;
+/// Network of a device, Gbit/s: 1 Mbit/s to 1 Pbit/s.
+const NETWORK_GIGABITS: core::ops::RangeInclusive<f64> = 1e-3..=1e6;
+
+/// Characters of a column's name that a complaint repeats.
+const COLUMN_CHARACTERS_SHOWN: usize = 80;
 
 /// Width of a head where none is given.
 const HEAD_SIZE: f64 = 128.0;
@@ -112,6 +115,9 @@ pub enum CellError {
         /// What may stand there.
         expected: String,
     },
+    /// FP8 on a device that has none.
+    #[error("{0} has no FP8 products")]
+    NoFp8(String),
     /// A cell that has no default is empty.
     #[error("the cell is empty and has no default")]
     Empty,
@@ -141,6 +147,7 @@ impl Hint for RowError {
         match &self.error {
             CellError::Device(error) => error.hint(),
             CellError::Model(error) => error.hint(),
+            CellError::NoFp8(_) => Some(format!("write bf16 into {} of row {}", self.column, self.row)),
             CellError::Empty => Some(format!("fill in {} of row {}", self.column, self.row)),
             CellError::Value { expected, .. } => {
                 Some(format!("write {expected} into {} of row {}", self.column, self.row))
@@ -199,7 +206,8 @@ pub fn predict_table(catalogue: &Catalogue, text: &str) -> Result<Predicted, Pre
     let table = Table::parse(text)?;
     for column in table.header() {
         if !COLUMNS.contains(&column.as_str()) {
-            return Err(PredictError::UnknownColumn { column: column.clone(), near: nearest(column) });
+            let (near, column) = (nearest(column), column.chars().take(COLUMN_CHARACTERS_SHOWN).collect());
+            return Err(PredictError::UnknownColumn { column, near });
         }
     }
     let rows: Vec<_> = (0..table.len())
@@ -314,15 +322,16 @@ fn case<'a>(catalogue: &'a Catalogue, table: &Table, row: usize) -> Result<Case<
     let network = match cells.text("interconnect_gbit_s") {
         None => 200.0,
         Some(found) => {
-            found.parse::<f64>().ok().filter(|rate| *rate > 0.0 && *rate <= NETWORK_GIGABITS_MAX).ok_or_else(|| {
-                cells.wrong(
-                    "interconnect_gbit_s",
-                    found,
-                    format!("a positive number of Gbit/s, at most {NETWORK_GIGABITS_MAX}"),
-                )
-            })?
+            let rate = found.parse::<f64>().ok().filter(|rate| NETWORK_GIGABITS.contains(rate));
+            let (least, greatest) = NETWORK_GIGABITS.into_inner();
+            let expected = || format!("a number of Gbit/s from {least} to {greatest}");
+            rate.ok_or_else(|| cells.wrong("interconnect_gbit_s", found, expected()))?
         }
     };
+    let without = devices.iter().find(|device| precision == Precision::Fp8 && device.fp8_scale == Fp8Scale::None);
+    if let Some(device) = without {
+        return Err(cells.error("precision", CellError::NoFp8(device.name.clone())));
+    }
     Ok(Case {
         layout: layout(&cells, &shape, precision)?,
         shape,
@@ -358,15 +367,15 @@ fn shape(cells: &Cells<'_>) -> Result<Transformer, RowError> {
     let experts = cells.whole("experts")?.unwrap_or(1.0);
     let kv_heads = cells.whole("kv_heads")?.unwrap_or(heads);
     if heads > hidden {
-        return Err(cells.wrong("heads", &heads.to_string(), format!("at most the width of {hidden}")));
+        return Err(cells.wrong("heads", &heads.to_string(), format!("a whole number up to the width, {hidden}")));
     }
     if kv_heads > heads {
-        return Err(cells.wrong("kv_heads", &kv_heads.to_string(), format!("at most the {heads} heads")));
+        return Err(cells.wrong("kv_heads", &kv_heads.to_string(), format!("a whole number up to the heads, {heads}")));
     }
     let experts_per_token = cells.whole("experts_per_token")?.unwrap_or(2.0_f64.min(experts));
     if experts_per_token > experts {
         let found = experts_per_token.to_string();
-        return Err(cells.wrong("experts_per_token", &found, format!("at most the {experts} experts")));
+        return Err(cells.wrong("experts_per_token", &found, format!("a whole number up to the experts, {experts}")));
     }
     Ok(Transformer {
         layers: cells.needed("layers")?,
@@ -405,7 +414,7 @@ fn layout(cells: &Cells<'_>, shape: &Transformer, precision: Precision) -> Resul
     let zero = cells.choice("zero", &zeros)?.unwrap_or(1);
     let global_batch = cells.whole("global_batch")?.unwrap_or(dp * micro_batch);
     if global_batch < dp * micro_batch {
-        let expected = format!("at least dp micro_batch = {} sequences", dp * micro_batch);
+        let expected = format!("a whole number from dp micro_batch, {}", dp * micro_batch);
         return Err(cells.wrong("global_batch", &global_batch.to_string(), expected));
     }
     Ok(Layout {
@@ -439,19 +448,17 @@ pub fn default_interleave(layers: f64, pp: f64, stack: Stack) -> f64 {
 }
 
 fn data_parallel(cells: &Cells<'_>, model_parallel: f64) -> Result<f64, RowError> {
-    let devices = cells.whole("devices")?;
-    let dp = match (cells.whole("dp")?, devices) {
-        (Some(dp), _) => dp,
-        (None, Some(devices)) => devices / model_parallel,
-        (None, None) => 1.0,
-    };
-    match devices {
-        Some(devices) if dp * model_parallel != devices || dp.fract() != 0.0 => {
-            let expected = format!("tp pp cp dp: {model_parallel} times a whole number dp");
-            Err(cells.wrong("devices", &devices.to_string(), expected))
-        }
-        _ => Ok(dp),
+    let (dp, devices) = (cells.whole("dp")?, cells.whole("devices")?);
+    let Some(devices) = devices else { return Ok(dp.unwrap_or(1.0)) };
+    let taken = model_parallel * dp.unwrap_or((devices / model_parallel).floor());
+    if taken == devices {
+        return Ok(devices / model_parallel);
     }
+    let expected = match dp {
+        Some(_) => format!("tp pp cp dp, {taken}"),
+        None => format!("a multiple of tp pp cp, {model_parallel}"),
+    };
+    Err(cells.wrong("devices", &devices.to_string(), expected))
 }
 
 #[cfg(test)]

@@ -43,24 +43,21 @@ fn errors_name_row_and_column() {
     assert_eq!(first(&row("A100", "32", "")), "row 1, column tp: tp: 32 ranks for 16 heads");
     assert_eq!(first(&row("B100X", "", "")), "row 1, column device: no device is called \"B100X\" in the catalogue");
     assert_eq!(first(&row("", "", "")), "row 1, column device: the cell is empty and has no default");
-    assert_eq!(
-        first(&row("A100", "", "fp8")),
-        "row 1, column device: fp8_tflops of A100 SXM4 80GB is unknown, and nothing is guessed"
-    );
+    assert_eq!(first(&row("A100", "", "fp8")), "row 1, column precision: A100 SXM4 80GB has no FP8 products");
     assert_eq!(
         first(&row("A100", "", "int3")),
         "row 1, column precision: \"int3\" is not one of fp32, tf32, bf16, fp16, fp8"
     );
     assert_eq!(
         first("x,A100,8,24,2048,,16,,,,4,,,,,,,,,,,,,"),
-        "row 1, column global_batch: \"4\" is not at least dp micro_batch = 8 sequences"
+        "row 1, column global_batch: \"4\" is not a whole number from dp micro_batch, 8"
     );
     let slip = "x,A100,,24000000,2048,,16,,,,,,,,,,,,,,,,,";
     assert_eq!(first(slip), "row 1, column layers: \"24000000\" is not a whole number from 1 to 10000");
-    assert!(first("x,A100,,24,2048,,16,,,,,,,,,,,,,,,,,1e9").contains("at most 1000000"));
+    assert!(first("x,A100,,24,2048,,16,,,,,,,,,,,,,,,,,1e9").contains("from 0.001 to 1000000"));
     assert!(
         first("x,A100,10,24,2048,,16,,,,,,4,,,,,,,,,,,")
-            .starts_with("row 1, column devices: \"10\" is not tp pp cp dp")
+            .starts_with("row 1, column devices: \"10\" is not a multiple of tp pp cp, 4")
     );
 }
 

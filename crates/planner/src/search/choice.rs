@@ -4,7 +4,10 @@ use super::account::device_power;
 use super::between::Strategy;
 use super::layouts::predict;
 use super::teams::{Able, AbleSites, Candidate, Candidates, Team, powers, site_account};
-use super::{Alternative, Binding, LeftOut, LinkUse, Links, Objective, Plan, PlanError, SitePlan, Task, Wish};
+use super::{
+    Alternative, Binding, LeftOut, LinkUse, Links, Objective, Plan, PlanError, SitePlan, Task, Wish, figure_of,
+};
+use crate::model::Prediction;
 use crate::units::{BitsPerSecond, Bytes, Seconds};
 
 /// Utilisation below which the links are what binds.
@@ -15,6 +18,9 @@ const MEMORY_BINDS: f64 = 1.05;
 
 /// Share of inner steps above which communication inside the sites is what binds.
 const INNER_BINDS: f64 = 0.3;
+
+/// Share of inner steps in which pipelines wait above which the batch is what binds.
+const BATCH_BINDS: f64 = 0.3;
 
 /// Share of a plan's devices that power limits leave on, below which power is what binds.
 const POWER_BINDS: f64 = 0.95;
@@ -106,8 +112,12 @@ fn caps_refusal(wish: &Wish, tried: &Candidates) -> PlanError {
         let (unit, option) = (objective.unit(), option(objective));
         match (least(objective, false), least(objective, true)) {
             (Some(least), _) if least > cap => return PlanError::OutOfReach { cap, least, unit, option },
-            (_, Some(least)) => conflicts.push(format!("{option} {cap}: the others allow {least:.4} {unit} at least")),
-            (_, None) => conflicts.push(format!("{option} {cap}: the others allow nothing at all")),
+            (_, Some(least)) => conflicts.push(format!(
+                "{option} {}: the others allow {} {unit} at least",
+                figure_of(cap),
+                figure_of(least)
+            )),
+            (_, None) => conflicts.push(format!("{option} {}: the others allow nothing at all", figure_of(cap))),
         }
     }
     PlanError::Contradictory { conflicts }
@@ -270,8 +280,14 @@ fn binding(plan: &Plan, sites: &AbleSites<'_, '_>, team: &Team) -> Binding {
     if team.memory_gain > MEMORY_BINDS {
         return Binding::Memory;
     }
-    let inner: f64 = plan.sites.iter().map(|site| site.share * site.prediction.communication_share).sum();
-    if inner > INNER_BINDS { Binding::InnerCommunication } else { Binding::Compute }
+    let mean =
+        |share: fn(&Prediction) -> f64| plan.sites.iter().map(|site| site.share * share(&site.prediction)).sum::<f64>();
+    let (inner, waiting) = (mean(|site| site.communication_share), mean(|site| site.bubble_share));
+    match (inner > INNER_BINDS, waiting > BATCH_BINDS) {
+        (_, true) if waiting > inner => Binding::Batch,
+        (true, _) => Binding::InnerCommunication,
+        (false, _) => Binding::Compute,
+    }
 }
 
 fn reasons(plan: &Plan, team: &Team) -> Vec<String> {
@@ -319,6 +335,7 @@ fn binding_reason(plan: &Plan, team: &Team) -> String {
             format!("memory binds: without its bound a step would be {:.2} times as fast", team.memory_gain)
         }
         Binding::InnerCommunication => "communication inside the sites binds".to_owned(),
+        Binding::Batch => "the batch binds: pipelines wait for want of sequences".to_owned(),
         Binding::Compute => "the rate of matrix products binds".to_owned(),
     }
 }

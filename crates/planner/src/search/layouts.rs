@@ -148,7 +148,31 @@ pub fn ability<'a>(task: &Task, site: &SiteSpec<'a>) -> Result<Ability<'a>, Plan
             }
         }
     }
-    if ability.lines.is_empty() { Err(refusal(task, site, leanest)) } else { Ok(ability) }
+    if ability.lines.is_empty() {
+        return Err(refusal(task, site, leanest));
+    }
+    match site.measured {
+        None => Ok(ability),
+        Some(measured) => as_measured(task, site, &ability, measured),
+    }
+}
+
+/// The fastest layout at the speed that was seen: a step takes its tokens over that speed, whatever was predicted.
+fn as_measured<'a>(
+    task: &Task,
+    site: &SiteSpec<'a>,
+    ability: &Ability<'a>,
+    measured: f64,
+) -> Result<Ability<'a>, PlanError> {
+    let slowness = |line: &&Line<'_>| line.each / line.quantum;
+    let fastest = ability.lines.iter().min_by(|left, right| slowness(left).total_cmp(&slowness(right)));
+    let mut line = fastest.unwrap_or_else(|| unreachable!("a site with layouts")).clone();
+    (line.start, line.each) = (0.0, line.quantum * task.shape.seq / measured);
+    let times = predict(task, site, &line, line.quantum)?.mfu;
+    if times > 1.0 {
+        return Err(PlanError::TooFast { site: site.name.clone(), measured, times });
+    }
+    Ok(Ability { lines: vec![line.clone()], unbounded: vec![line] })
 }
 
 /// Two predictions fix the line: with as many micro-batches as there are stages, and twice as many.
@@ -172,7 +196,17 @@ fn line<'a>(case: &Case<'a>, placement: Placement<'a>) -> Result<Line<'a>, Model
 /// A figure that the model needs is unknown.
 pub fn predict(task: &Task, site: &SiteSpec<'_>, line: &Line<'_>, sequences: f64) -> Result<Prediction, PlanError> {
     let layout = Layout { global_batch: sequences.max(1.0), ..line.layout };
-    Ok(case(task, site, &line.placement, layout).predict()?)
+    let predicted = case(task, site, &line.placement, layout).predict()?;
+    let Some(measured) = site.measured else { return Ok(predicted) };
+    let step = Seconds(layout.global_batch * task.shape.seq / measured);
+    let faster = predicted.step / step;
+    Ok(Prediction {
+        step,
+        tokens_per_second_per_device: predicted.tokens_per_second_per_device * faster,
+        useful: predicted.useful * faster,
+        mfu: predicted.mfu * faster,
+        ..predicted
+    })
 }
 
 fn case<'a>(task: &Task, site: &SiteSpec<'a>, placement: &Placement<'a>, layout: Layout) -> Case<'a> {
@@ -325,28 +359,66 @@ fn largest_group(experts: f64, dp: f64) -> f64 {
 }
 
 fn refusal(task: &Task, site: &SiteSpec<'_>, leanest: Option<(Bytes, Bytes)>) -> PlanError {
+    let lit: f64 = site.groups.iter().map(|group| site.powered(group)).sum();
+    let limited = site.groups.iter().any(|group| site.powered(group) < f64::from(group.devices));
+    let all_kilowatts = site.kilowatts();
+    if let (true, Some(limit), Some(all_kilowatts)) = (lit < 1.0, site.tariff.power_limit, all_kilowatts) {
+        return PlanError::Dark { site: site.name.clone(), limit_kilowatts: limit.0 / 1e3, all_kilowatts };
+    }
     let (needed, usable) = leanest.unwrap_or((Bytes(f64::INFINITY), Bytes::ZERO));
-    let devices = site.groups.iter().map(|group| group.devices).sum();
+    let devices: u32 = site.groups.iter().map(|group| group.devices).sum();
+    let devices_needed = devices_needed(task, site);
+    let enough = devices_needed.filter(|needed| *needed <= devices && limited);
     PlanError::DoesNotFit {
         site: site.name.clone(),
         needed_gib: needed.gib(),
         usable_gib: usable.gib(),
         devices,
-        devices_needed: devices_needed(task, site),
-        power_limited: site.groups.iter().any(|group| site.powered(group) < f64::from(group.devices)),
+        devices_needed,
+        sequence_that_fits: sequence_that_fits(task, site),
+        kilowatts_needed: enough.zip(all_kilowatts).map(|(needed, all)| all * f64::from(needed) / f64::from(devices)),
     }
 }
 
-/// The least number of devices of the site's first kind over which full sharding and recomputation fit.
-fn devices_needed(task: &Task, site: &SiteSpec<'_>) -> Option<u32> {
-    let group = site.groups.first()?;
-    let usable = group.device.memory()? * USABLE_MEMORY;
+/// Whether one of the layouts over so many devices of the site's first kind fits, recomputation allowed.
+fn fits(task: &Task, site: &SiteSpec<'_>, devices: f64) -> bool {
+    let Some(group) = site.groups.first() else { return false };
+    let Some(usable) = group.device.memory().map(|memory| memory * USABLE_MEMORY) else { return false };
     let placement = Placement { devices: vec![group.device], layers: None };
-    let tp = tensor_degrees(task, site).last()?;
-    degrees(f64::from(task.global_batch)).find_map(|dp| {
-        let ep = if task.shape.experts > 1.0 { largest_group(task.shape.experts, dp) } else { 1.0 };
-        let layout = Layout { tp, dp, ep, zero: 3, recompute: Recompute::Full, global_batch: dp, ..base() };
-        let needed = memory(&case(task, site, &placement, layout)).total();
-        (needed <= usable && tp * dp > f64::from(group.devices)).then_some((tp * dp) as u32)
+    uniform(task, site, devices).into_iter().any(|layout| {
+        let case = case(task, site, &placement, Layout { recompute: Recompute::Full, ..layout });
+        case.validate().is_ok() && memory(&case).total() <= usable
     })
+}
+
+/// The least number of devices of the site's first kind over which the model fits: layouts only come in with more of them.
+fn devices_needed(task: &Task, site: &SiteSpec<'_>) -> Option<u32> {
+    /// Powers of two that are tried: 2^27 are more devices than a site may have.
+    const DOUBLINGS: u32 = 27;
+    if !fits(task, site, f64::from(1_u32 << DOUBLINGS)) {
+        return None;
+    }
+    let enough = (0..=DOUBLINGS).map(|exponent| 1_u32 << exponent).find(|most| fits(task, site, f64::from(*most)))?;
+    Some(bisect(enough / 2, enough, |devices| fits(task, site, f64::from(devices))))
+}
+
+/// The longest sequence that fits the devices as they are, where a shorter one does.
+fn sequence_that_fits(task: &Task, site: &SiteSpec<'_>) -> Option<u32> {
+    let devices = site.powered(site.groups.first()?);
+    let fits = |tokens: u32| {
+        let shape = crate::model::shape::Transformer { seq: f64::from(tokens), ..task.shape };
+        fits(&Task { shape, ..*task }, site, devices)
+    };
+    // The first length that does not fit is above the one that does.
+    fits(1).then(|| bisect(1, task.shape.seq as u32, |tokens| !fits(tokens)) - 1)
+}
+
+/// The least number above `low` and up to `high` that does, where all above it do and `high` does.
+fn bisect(low: u32, high: u32, does: impl Fn(u32) -> bool) -> u32 {
+    let (mut low, mut high) = (low, high);
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if does(middle) { high = middle } else { low = middle }
+    }
+    high
 }

@@ -14,6 +14,7 @@
 pub mod account;
 pub mod between;
 mod choice;
+pub mod given;
 pub mod layouts;
 mod teams;
 
@@ -26,6 +27,7 @@ use crate::wan::{Link, RoundTime};
 use account::{Account, Tariff};
 use base::Hint;
 use between::Way;
+use given::{Given, GivenError};
 use std::collections::BTreeMap;
 
 /// Most sites of a plan.
@@ -55,16 +57,24 @@ pub struct SiteSpec<'a> {
     pub access: Option<BitsPerSecond>,
     /// Number format of its matrix products.
     pub precision: Precision,
+    /// Tokens a second that it has been seen to train on alone with the task's model, instead of what would be predicted.
+    pub measured: Option<f64>,
     /// Power, prices, carbon.
     pub tariff: Tariff,
 }
 
 impl SiteSpec<'_> {
-    /// Devices of a group that the site's power limit leaves running; all where the limit or their power is unknown.
-    pub fn powered(&self, group: &Group<'_>) -> f64 {
-        let all = self.groups.iter().try_fold(Watts::ZERO, |sum, group| {
+    /// Power of all its devices at the wall, cooling included, kW; none where it is unknown.
+    fn kilowatts(&self) -> Option<f64> {
+        let power = self.groups.iter().try_fold(Watts::ZERO, |sum, group| {
             Some(sum + account::device_power(&self.tariff, group)? * f64::from(group.devices))
         });
+        power.map(|power| power.0 / 1e3)
+    }
+
+    /// Devices of a group that the site's power limit leaves running; all where the limit or their power is unknown.
+    pub fn powered(&self, group: &Group<'_>) -> f64 {
+        let all = self.kilowatts().map(|kilowatts| Watts(kilowatts * 1e3));
         let share = match (self.tariff.power_limit, all) {
             (Some(limit), Some(all)) if all > limit => limit / all,
             _ => 1.0,
@@ -177,11 +187,16 @@ pub struct Wish {
     pub caps: Caps,
     /// How many plans, at most one for each set of sites.
     pub count: usize,
+    /// What is settled of the way between the sites.
+    pub given: Given,
+    /// Whether every site must take part.
+    pub all_sites: bool,
 }
 
 impl Default for Wish {
     fn default() -> Self {
-        Self { objective: Objective::Time, caps: Caps::default(), count: 3 }
+        let given = Given::default();
+        Self { objective: Objective::Time, caps: Caps::default(), count: 3, given, all_sites: false }
     }
 }
 
@@ -198,6 +213,8 @@ pub enum Binding {
     Compute,
     /// Communication inside the sites.
     InnerCommunication,
+    /// Too few sequences to keep pipelines full.
+    Batch,
 }
 
 impl Binding {
@@ -209,6 +226,7 @@ impl Binding {
             Self::Power => "power",
             Self::Compute => "compute",
             Self::InnerCommunication => "communication inside the sites",
+            Self::Batch => "batch",
         }
     }
 }
@@ -320,6 +338,13 @@ fn figure(objective: Objective, time: Seconds, account: &Account) -> Option<f64>
     }
 }
 
+/// A figure in a message: four digits after the point, or as a power of ten where that would be long or nothing. Rounded up, so that a cap which is
+/// raised to it can be met.
+fn figure_of(figure: f64) -> String {
+    let plain = (figure * 1e4).ceil() / 1e4;
+    if (1e-2..1e12).contains(&figure) { format!("{plain}") } else { format!("{figure:.4e}") }
+}
+
 /// Why there is no plan.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -346,8 +371,49 @@ pub enum PlanError {
         devices: u32,
         /// How many would do, where more help.
         devices_needed: Option<u32>,
-        /// Whether its power limit keeps devices off.
-        power_limited: bool,
+        /// The longest sequence that would do, where a shorter one helps.
+        sequence_that_fits: Option<u32>,
+        /// The limit of its power, kW, that would let enough devices run, where the limit is what keeps the model out.
+        kilowatts_needed: Option<f64>,
+    },
+    /// A power limit under which nothing runs.
+    #[error("{site}: power_limit_kw = {limit_kilowatts} does not run one of its devices")]
+    Dark {
+        /// The site.
+        site: String,
+        /// Its limit.
+        limit_kilowatts: f64,
+        /// What would do for all its devices.
+        all_kilowatts: f64,
+    },
+    /// A measured speed that its devices cannot have.
+    #[error("{site}: tokens_per_second = {measured} would be {} times the peak of its devices", figure_of(*times))]
+    TooFast {
+        /// The site.
+        site: String,
+        /// What was given.
+        measured: f64,
+        /// Its share of the peak, above 1.
+        times: f64,
+    },
+    /// A site without work, where all must take part.
+    #[error(
+        "not every site gets a part of {sequences} sequences: the others are through with a step before the slowest has done one micro-batch"
+    )]
+    Idle {
+        /// The batch.
+        sequences: u32,
+    },
+    /// Settings that contradict themselves.
+    #[error(transparent)]
+    Given(#[from] GivenError),
+    /// Fewer tokens than one round trains on.
+    #[error("the run ends before its first merge: {tokens:e} tokens are {steps:.1} steps of the batch")]
+    Short {
+        /// Tokens of the run.
+        tokens: f64,
+        /// Its steps.
+        steps: f64,
     },
     /// Two sites that nothing joins.
     #[error("no link joins {one} and {other}")]
@@ -368,7 +434,7 @@ pub enum PlanError {
         key: &'static str,
     },
     /// One cap that no plan meets.
-    #[error("no plan takes at most {cap} {unit}: the least is {least:.4} {unit}")]
+    #[error("no plan takes at most {} {unit}: the least is {} {unit}", figure_of(*cap), figure_of(*least))]
     OutOfReach {
         /// The cap.
         cap: f64,
@@ -396,22 +462,55 @@ pub enum PlanError {
     Model(#[from] ModelError),
 }
 
+impl PlanError {
+    /// Whether it is the description of the sites that has to change, and not what was asked for.
+    pub fn is_about_sites(&self) -> bool {
+        use PlanError::{Dark, DoesNotFit, Model, NoLink, Sites, TooFast, UnknownTariff};
+        matches!(
+            self,
+            Sites { .. }
+                | DoesNotFit { .. }
+                | Dark { .. }
+                | TooFast { .. }
+                | NoLink { .. }
+                | UnknownTariff { .. }
+                | Model(_)
+        )
+    }
+}
+
 impl Hint for PlanError {
     fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Sites { .. } => "describe one [[site]] for each data centre".to_owned(),
-            Self::DoesNotFit { power_limited: true, site, .. } => format!("raise power_limit_kw of {site}"),
-            Self::DoesNotFit { devices_needed: Some(needed), site, devices, .. } => {
-                format!(
-                    "give {site} {needed} devices (it has {devices}), or devices with more memory, or shorten the sequence"
-                )
+            Self::DoesNotFit { kilowatts_needed: Some(needed), site, .. } => {
+                format!("raise power_limit_kw of {site} to {}", figure_of(*needed))
             }
-            Self::DoesNotFit { .. } => "shorten the sequence or take devices with more memory".to_owned(),
+            Self::DoesNotFit { devices_needed: Some(needed), site, devices, sequence_that_fits, .. } => {
+                let sequence =
+                    sequence_that_fits.map_or_else(String::new, |tokens| format!(", or take --sequence {tokens}"));
+                format!("give {site} {needed} devices (it has {devices}), or devices with more memory{sequence}")
+            }
+            Self::DoesNotFit { sequence_that_fits: Some(tokens), .. } => {
+                format!("take --sequence {tokens} or devices with more memory")
+            }
+            Self::DoesNotFit { .. } => "take devices with more memory or a smaller model".to_owned(),
+            Self::Dark { site, all_kilowatts, .. } => {
+                format!("raise power_limit_kw of {site}: all its devices draw {} kW", figure_of(*all_kilowatts))
+            }
+            Self::TooFast { site, .. } => {
+                format!("give {site} the tokens_per_second of all its devices with this model, or leave the key out")
+            }
+            Self::Idle { .. } => "take a larger --batch, or leave out --all-sites".to_owned(),
+            Self::Given(error) => return error.hint(),
+            Self::Short { .. } => "raise --tokens, or take a smaller --batch or fewer --inner-steps".to_owned(),
             Self::NoLink { one, other } => {
                 format!("add [[link]] with between = [\"{one}\", \"{other}\"], or [link_default] for all pairs")
             }
             Self::UnknownTariff { site, key, .. } => format!("give the site {site} {key}"),
-            Self::OutOfReach { option, least, .. } => format!("raise {option} to {least:.4} at least, or drop it"),
+            Self::OutOfReach { option, least, .. } => {
+                format!("raise {option} to {} at least, or drop it", figure_of(*least))
+            }
             Self::Contradictory { .. } => "raise one of them".to_owned(),
             Self::Batch { .. } => "take a larger --batch".to_owned(),
             Self::Model(error) => return error.hint(),
@@ -427,10 +526,11 @@ pub fn plans(task: &Task, sites: &[SiteSpec<'_>], links: &Links, wish: &Wish) ->
     if !(1..=SITES_MAX).contains(&sites.len()) {
         return Err(PlanError::Sites { found: sites.len() });
     }
+    wish.given.check()?;
     joined(sites, links)?;
-    let able = teams::able(task, sites)?;
+    let able = teams::able(task, sites, wish)?;
     choice::known(wish, &able)?;
-    let candidates = teams::candidates(task, &able, links);
+    let candidates = teams::candidates(task, &able, links, wish)?;
     choice::choose(task, &able, links, wish, &candidates)
 }
 

@@ -1,9 +1,10 @@
 //! Sets of sites and what each can do together: the least time of a step, shares, every way between them, and what it takes.
 
 use super::account::{Account, Usage, account, device_power, rounds};
-use super::between::{Judged, Wan, judged};
+use super::between::{Judged, Strategy, Wan};
+use super::given::settled;
 use super::layouts::{Ability, Line, ability, most};
-use super::{Group, LeftOut, Links, PlanError, SiteSpec, Task, figure};
+use super::{Group, LeftOut, Links, PlanError, SiteSpec, Task, Wish, figure};
 use crate::units::{BytesPerSecond, Seconds, Watts};
 use crate::wan::CONTENT;
 
@@ -78,12 +79,21 @@ pub(super) struct Candidates {
 }
 
 /// Layouts of every site.
-pub(super) fn able<'a, 'b>(task: &Task, sites: &'b [SiteSpec<'a>]) -> Result<AbleSites<'a, 'b>, PlanError> {
+///
+/// # Errors
+/// No site can, or one cannot although all must take part.
+pub(super) fn able<'a, 'b>(
+    task: &Task,
+    sites: &'b [SiteSpec<'a>],
+    wish: &Wish,
+) -> Result<AbleSites<'a, 'b>, PlanError> {
     let mut found = AbleSites { able: Vec::new(), unable: Vec::new() };
     let mut refusals = Vec::new();
     for (place, site) in sites.iter().enumerate() {
         match ability(task, site) {
             Ok(ability) => found.able.push(Able { place, site, ability }),
+            Err(error @ PlanError::TooFast { .. }) => return Err(error),
+            Err(error) if wish.all_sites => return Err(error),
             Err(error) => {
                 found.unable.push(LeftOut { name: site.name.clone(), why: error.to_string() });
                 refusals.push(error);
@@ -103,29 +113,59 @@ pub(super) fn able<'a, 'b>(task: &Task, sites: &'b [SiteSpec<'a>]) -> Result<Abl
 }
 
 /// Every team that is worth trying with every way.
-pub(super) fn candidates(task: &Task, sites: &AbleSites<'_, '_>, links: &Links) -> Candidates {
-    let able = &sites.able;
+///
+/// # Errors
+/// A site gets nothing to do although all must take part, or the run ends before its first merge.
+pub(super) fn candidates(
+    task: &Task,
+    sites: &AbleSites<'_, '_>,
+    links: &Links,
+    wish: &Wish,
+) -> Result<Candidates, PlanError> {
+    let able = Field { able: &sites.able, links, wish };
     let mut found = Candidates { teams: Vec::new(), all: Vec::new() };
-    if able.len() <= EXHAUSTIVE_MAX {
+    gather(task, &able, &mut found);
+    if found.teams.is_empty() && wish.all_sites {
+        return Err(PlanError::Idle { sequences: task.global_batch });
+    }
+    if found.all.is_empty() && !found.teams.is_empty() {
+        let steps = rounds(task, 1.0, 1.0);
+        return Err(PlanError::Short { tokens: task.tokens, steps });
+    }
+    Ok(found)
+}
+
+/// What every team is made of.
+struct Field<'a, 'b, 'c> {
+    able: &'c [Able<'a, 'b>],
+    links: &'c Links,
+    wish: &'c Wish,
+}
+
+fn gather(task: &Task, field: &Field<'_, '_, '_>, found: &mut Candidates) {
+    let able = field.able;
+    if field.wish.all_sites {
+        let members: Vec<usize> = (0..able.len()).collect();
+        add(task, field, &members, found);
+    } else if able.len() <= EXHAUSTIVE_MAX {
         for set in 1_u32..1 << able.len() {
             let members: Vec<usize> = (0..able.len()).filter(|place| set & (1 << place) != 0).collect();
-            add(task, able, links, &members, &mut found);
+            add(task, field, &members, found);
         }
     } else {
-        descend(task, able, links, &mut found);
+        descend(task, field, found);
     }
-    found
 }
 
 /// From all sites down to one, each time without the one whose leaving costs least.
-fn descend(task: &Task, able: &[Able<'_, '_>], links: &Links, found: &mut Candidates) {
-    let mut members: Vec<usize> = (0..able.len()).collect();
-    add(task, able, links, &members, found);
+fn descend(task: &Task, field: &Field<'_, '_, '_>, found: &mut Candidates) {
+    let mut members: Vec<usize> = (0..field.able.len()).collect();
+    add(task, field, &members, found);
     while members.len() > 1 {
         let without = |left: usize| members.iter().copied().filter(|member| *member != left).collect::<Vec<_>>();
         let smaller = members.iter().map(|left| {
             let rest = without(*left);
-            let time = add(task, able, links, &rest, found);
+            let time = add(task, field, &rest, found);
             (time.unwrap_or(f64::INFINITY), rest)
         });
         let best = smaller.reduce(|best, next| if next.0 < best.0 { next } else { best });
@@ -134,13 +174,15 @@ fn descend(task: &Task, able: &[Able<'_, '_>], links: &Links, found: &mut Candid
 }
 
 /// Tries one team; its least time to the loss.
-fn add(task: &Task, able: &[Able<'_, '_>], links: &Links, members: &[usize], found: &mut Candidates) -> Option<f64> {
+fn add(task: &Task, field: &Field<'_, '_, '_>, members: &[usize], found: &mut Candidates) -> Option<f64> {
+    let Field { able, links, wish } = *field;
     let team = team(task, able, members)?;
     let wan = wan(able, links, members);
     let powers: Vec<Vec<(Option<Watts>, f64)>> =
         team.parts.iter().map(|part| powers(&able[part.able], part.line)).collect();
     let mut least = f64::INFINITY;
-    for judged in judged(task, members.len(), team.step, wan) {
+    let ways = settled(task, &wish.given, members.len(), team.step, wan);
+    for judged in ways.into_iter().filter(|judged| merges(task, judged)) {
         let speed = f64::from(task.global_batch) * task.shape.seq / team.step.0 * judged.round.utilisation;
         let time = Seconds(task.tokens * judged.loss.tokens / speed);
         let sum = team.parts.iter().zip(&powers).fold(Account::NONE, |sum, (part, powers)| {
@@ -151,6 +193,12 @@ fn add(task: &Task, able: &[Able<'_, '_>], links: &Links, members: &[usize], fou
     }
     found.teams.push(team);
     Some(least)
+}
+
+/// Whether a run lasts for one round: of a longer one nothing would ever be merged.
+fn merges(task: &Task, judged: &Judged) -> bool {
+    let steps = f64::from(judged.way.inner_steps);
+    judged.way.strategy == Strategy::Synchronous || rounds(task, judged.loss.tokens, steps) >= 1.0
 }
 
 /// Power of each kind that a layout takes, with its number.

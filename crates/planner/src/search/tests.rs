@@ -33,6 +33,7 @@ fn site<'a>(catalogue: &'a Catalogue, device: &str, devices: u32) -> SiteSpec<'a
         network: BitsPerSecond::from_gigabits(200.0),
         access: None,
         precision: Precision::Bf16,
+        measured: None,
         tariff: Tariff::default(),
     }
 }

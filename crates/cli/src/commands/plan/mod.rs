@@ -11,9 +11,13 @@ use crate::failure::Failure;
 use crate::output::Output;
 use crate::texts;
 use planner::Catalogue;
-use planner::cluster::Cluster;
+use planner::cluster::{Cluster, ClusterError};
 use planner::model::shape::Transformer;
-use planner::search::{Caps, Objective, Plan, Task, Wish, plans};
+use planner::search::between::Strategy;
+use planner::search::given::Given;
+use planner::search::{Caps, Objective, Plan, PlanError, Task, Wish, plans};
+use planner::units::BytesPerSecond;
+use planner::wan::Exchange;
 use planner::what_if::Change;
 use planner::{models, picture, units};
 use std::path::{Path, PathBuf};
@@ -30,6 +34,9 @@ const TOKENS_PER_PARAMETER: f64 = 20.0;
 /// Longest sequence and largest batch that can be meant.
 pub(crate) const SEQUENCE_MAX: u32 = 1 << 24;
 pub(crate) const BATCH_MAX: u32 = 1 << 24;
+
+/// Heading of the options that settle what is looked for otherwise.
+const SETTLED: &str = "Settled beforehand";
 
 /// Plan a run before any machine is reserved: strategy, shares, layouts, hours, energy, cost
 #[derive(Debug, clap::Args)]
@@ -64,6 +71,33 @@ pub(crate) struct Args {
     /// At most so much carbon.
     #[arg(long, value_name = "TONNES")]
     max_carbon: Option<f64>,
+    /// How the sites train together, instead of looking for the best way.
+    #[arg(long, value_enum, help_heading = SETTLED)]
+    strategy: Option<Kind>,
+    /// Inner steps between two merges (H).
+    #[arg(long, value_name = "N", help_heading = SETTLED)]
+    inner_steps: Option<u32>,
+    /// Fragments of a streaming round; they divide the inner steps.
+    #[arg(long, value_name = "N", help_heading = SETTLED)]
+    fragments: Option<u32>,
+    /// Inner steps behind which a streamed fragment travels.
+    #[arg(long, value_name = "N", help_heading = SETTLED)]
+    overlap_steps: Option<u32>,
+    /// Bits of each value that travels, its place included.
+    #[arg(long, value_name = "N", help_heading = SETTLED)]
+    bits: Option<u32>,
+    /// Share of the values that travel, for codes that keep only the largest: 64 of 4,096 are 0.015625.
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0, hide_default_value = true, help_heading = SETTLED)]
+    density: f64,
+    /// How deltas meet: each to each site, each site merging a slice, or over storage that all reach.
+    #[arg(long, value_enum, help_heading = SETTLED)]
+    exchange: Option<Meeting>,
+    /// GB of f32 that a site codes and decodes in a second; 2 unless given, and codes of 16 bits or more cost nothing.
+    #[arg(long, value_name = "GB_S", help_heading = SETTLED)]
+    coding_gb_s: Option<f64>,
+    /// Every site takes part, also where the objective would leave one out.
+    #[arg(long, help_heading = SETTLED)]
+    all_sites: bool,
     /// One thing otherwise: site=NAME (one more like it), link=A,B+GBIT (so many Gbit/s more), device=NAME:DEVICE. May be repeated.
     #[arg(long, value_name = "CHANGE")]
     what_if: Vec<String>,
@@ -79,6 +113,28 @@ pub(crate) struct Args {
     /// Lay what would have been predicted of a run beside what its events say; the links are those of --cluster.
     #[arg(long, value_name = "RUN", conflicts_with_all = ["model", "tokens", "batch", "what_if", "picture"])]
     check: Option<PathBuf>,
+}
+
+/// A strategy between sites.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Kind {
+    /// Gradients at every step
+    Synchronous,
+    /// Outer steps, nothing hidden
+    Diloco,
+    /// Fragments, hidden behind inner steps
+    Streaming,
+}
+
+/// How deltas meet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Meeting {
+    /// Every delta to every site
+    Mesh,
+    /// Each site merges a slice
+    Sharded,
+    /// Each site uploads once; fetching is not counted
+    Storage,
 }
 
 /// What is to be least.
@@ -124,7 +180,8 @@ pub(crate) fn run(args: Args, output: &Output) -> Result<(), Failure> {
     let Some(cluster) = cluster else { unreachable!("clap wants a cluster where there is no check") };
     let catalogue = catalogue(args.devices.as_deref())?;
     let (task, wish) = (task(&args)?, wish(&args)?);
-    let plans = planned(&catalogue, &cluster, &task, &wish)?;
+    let place = args.cluster.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
+    let plans = planned(&catalogue, &cluster, &task, &wish).map_err(|refusal| refusal.about(&place))?;
     let changes: Result<Vec<Change>, _> = args.what_if.iter().map(|text| Change::parse(text)).collect();
     let changes = changes?.into_iter().map(|change| {
         let best = changed(&catalogue, &cluster, &change, &task, &wish);
@@ -152,7 +209,32 @@ pub(crate) fn cluster(path: &Path) -> Result<Cluster, Failure> {
     Cluster::parse(&text).map_err(|error| Failure::from(error).about(&path.display().to_string()))
 }
 
-fn planned(catalogue: &Catalogue, cluster: &Cluster, task: &Task, wish: &Wish) -> Result<Vec<Plan>, Failure> {
+/// Why there are no plans, and whether the file of the cluster has to change.
+struct Refusal {
+    failure: Failure,
+    is_about_sites: bool,
+}
+
+impl Refusal {
+    /// The failure, with the file in front where it has to change.
+    fn about(self, file: &str) -> Failure {
+        if self.is_about_sites { self.failure.about(file) } else { self.failure }
+    }
+}
+
+impl From<ClusterError> for Refusal {
+    fn from(error: ClusterError) -> Self {
+        Self { failure: error.into(), is_about_sites: true }
+    }
+}
+
+impl From<PlanError> for Refusal {
+    fn from(error: PlanError) -> Self {
+        Self { is_about_sites: error.is_about_sites(), failure: error.into() }
+    }
+}
+
+fn planned(catalogue: &Catalogue, cluster: &Cluster, task: &Task, wish: &Wish) -> Result<Vec<Plan>, Refusal> {
     let (sites, links) = (cluster.specs(catalogue)?, cluster.network()?);
     Ok(plans(task, &sites, &links, wish)?)
 }
@@ -164,7 +246,8 @@ fn changed(
     task: &Task,
     wish: &Wish,
 ) -> Result<Plan, Failure> {
-    let plans = planned(catalogue, &change.apply(cluster)?, task, &Wish { count: 1, ..*wish })?;
+    let plans = planned(catalogue, &change.apply(cluster)?, task, &Wish { count: 1, ..*wish });
+    let plans = plans.map_err(|refusal| refusal.failure)?;
     plans.into_iter().next().ok_or_else(|| Failure::new("there is no plan", "ask without --what-if first"))
 }
 
@@ -185,6 +268,11 @@ pub(crate) fn work(model: &str, tokens: Option<&str>, batch: Option<u32>, sequen
         })?,
     };
     let batch = batch.unwrap_or((BATCH_TOKENS / shape.seq).round().max(1.0) as u32);
+    let of_batch = f64::from(batch) * shape.seq;
+    if tokens < of_batch {
+        let message = format!("--tokens {tokens:e} are fewer than the {of_batch:e} of one batch");
+        return Err(Failure::new(message, "raise --tokens, or take a smaller --batch"));
+    }
     Ok(Task { shape, global_batch: batch, tokens })
 }
 
@@ -197,7 +285,7 @@ fn wish(args: &Args) -> Result<Wish, Failure> {
     ];
     for (option, cap) in caps {
         if cap.is_some_and(|cap| !(cap.is_finite() && cap > 0.0)) {
-            let message = format!("{option} {} is no positive number", cap.unwrap_or(f64::NAN));
+            let message = format!("{option} {} is no positive number", cap.unwrap_or_default());
             return Err(Failure::new(message, format!("give {option} a positive number, or leave it out")));
         }
     }
@@ -210,5 +298,28 @@ fn wish(args: &Args) -> Result<Wish, Failure> {
             carbon_tonnes: args.max_carbon,
         },
         count: usize::from(args.plans),
+        given: given(args),
+        all_sites: args.all_sites,
     })
+}
+
+fn given(args: &Args) -> Given {
+    Given {
+        strategy: args.strategy.map(|kind| match kind {
+            Kind::Synchronous => Strategy::Synchronous,
+            Kind::Diloco => Strategy::Diloco,
+            Kind::Streaming => Strategy::Streaming,
+        }),
+        inner_steps: args.inner_steps,
+        fragments: args.fragments,
+        overlap_steps: args.overlap_steps,
+        bits: args.bits,
+        density: args.density,
+        exchange: args.exchange.map(|meeting| match meeting {
+            Meeting::Mesh => Exchange::Mesh,
+            Meeting::Sharded => Exchange::Ring,
+            Meeting::Storage => Exchange::UploadBound,
+        }),
+        coding: args.coding_gb_s.map(BytesPerSecond::from_gigabytes),
+    }
 }

@@ -4,6 +4,7 @@ use super::Planned;
 use planner::model::layout::Recompute;
 use planner::search::account::Account;
 use planner::search::{Plan, SitePlan};
+use planner::wan::Exchange;
 use serde_json::{Value, json};
 
 /// The whole report.
@@ -17,6 +18,7 @@ pub(super) fn of(planned: &Planned) -> Value {
         "batch_sequences": task.global_batch,
         "sequence_tokens": shape.seq,
         "objective": planned.wish.objective.name(),
+        "density": planned.wish.given.density,
         "plans": planned.plans.iter().map(plan).collect::<Vec<_>>(),
         "what_if": planned.changes.iter().map(|(change, found)| match found {
             Ok(best) => json!({ "change": change.describe(), "plan": plan(best) }),
@@ -32,7 +34,11 @@ fn plan(plan: &Plan) -> Value {
         "fragments": plan.way.fragments,
         "overlap_steps": plan.way.overlap_steps,
         "bits": plan.way.bits,
-        "exchange": if plan.way.exchange == planner::wan::Exchange::Ring { "sharded" } else { "mesh" },
+        "exchange": match plan.way.exchange {
+            Exchange::Mesh => "mesh",
+            Exchange::Ring => "sharded",
+            Exchange::UploadBound => "storage",
+        },
         "step_seconds": plan.step.0,
         "round_seconds": plan.round.total().0,
         "transfer_seconds": plan.round.transfer.0,

@@ -3,7 +3,9 @@
 use super::Planned;
 use crate::format::count;
 use planner::model::layout::Recompute;
+use planner::search::between::Way;
 use planner::search::{Objective, Plan, SitePlan};
+use planner::wan::Exchange;
 use std::fmt::Write;
 
 /// Alternatives that are told of the best plan.
@@ -40,7 +42,7 @@ pub(super) fn of(planned: &Planned) -> String {
 }
 
 fn best(text: &mut String, planned: &Planned, plan: &Plan) {
-    let _ = writeln!(text, "plan 1  least {}: {}", planned.wish.objective.name(), way(plan));
+    let _ = writeln!(text, "plan 1  least {}: {}", planned.wish.objective.name(), way(planned, plan));
     let _ = writeln!(text, "        {}", sums(plan));
     text.push('\n');
     text.push_str(&columns(&sites(plan)));
@@ -61,7 +63,13 @@ fn best(text: &mut String, planned: &Planned, plan: &Plan) {
         let _ = writeln!(text, "left out: {}: {}", site.name, site.why);
     }
     for other in plan.alternatives.iter().take(ALTERNATIVES_MAX) {
-        let _ = writeln!(text, "otherwise: {}: {} ({})", other.what, more(planned, other.ratio), other.way.describe());
+        let _ = writeln!(
+            text,
+            "otherwise: {}: {} ({})",
+            other.what,
+            more(planned, other.ratio),
+            described(planned, &other.way)
+        );
     }
 }
 
@@ -69,7 +77,8 @@ fn next_best(text: &mut String, planned: &Planned, plan: &Plan, index: usize) {
     let names: Vec<&str> = plan.sites.iter().map(|site| site.name.as_str()).collect();
     let figure = |plan: &Plan| plan.figure(planned.wish.objective).unwrap_or(f64::NAN);
     let ratio = planned.plans.first().map_or(1.0, |best| figure(plan) / figure(best));
-    let _ = writeln!(text, "plan {}  {}: {} ({})", index + 1, names.join(", "), way(plan), more(planned, ratio));
+    let _ =
+        writeln!(text, "plan {}  {}: {} ({})", index + 1, names.join(", "), way(planned, plan), more(planned, ratio));
     let _ = writeln!(text, "        {}", sums(plan));
 }
 
@@ -82,11 +91,19 @@ fn more(planned: &Planned, ratio: f64) -> String {
     format!("{percent:.1} % more {figure}")
 }
 
-fn way(plan: &Plan) -> String {
+fn way(planned: &Planned, plan: &Plan) -> String {
     match plan.sites.len() {
         1 => format!("{} alone", plan.sites[0].name),
-        sites => format!("{sites} sites, {}", plan.way.describe()),
+        sites => format!("{sites} sites, {}", described(planned, &plan.way)),
     }
+}
+
+/// A way with what only the options know of it.
+fn described(planned: &Planned, way: &Way) -> String {
+    let density = planned.wish.given.density;
+    let sparse = if density < 1.0 { format!(" of {:.3} % of the values", 100.0 * density) } else { String::new() };
+    let stored = if way.exchange == Exchange::UploadBound { ", over storage" } else { "" };
+    format!("{}{sparse}{stored}", way.describe())
 }
 
 /// Speed, time, energy, money, carbon in one line.
@@ -170,7 +187,7 @@ fn changes(text: &mut String, planned: &Planned) {
                     text,
                     "\nwhat if {}: {percent:+.1} % {name}, {}\n        {}",
                     change.describe(),
-                    way(plan),
+                    way(planned, plan),
                     sums(plan)
                 )
             }
