@@ -162,7 +162,7 @@ fn megascale<'a>(catalogue: &'a Catalogue, text: &str) -> Result<Vec<Observation
             dp: value("DP_derived")?,
             global_batch: value("global_batch")?,
             interleave: 6.0,
-            recompute: Recompute::None,
+            recompute: Recompute::Selective,
             stack: Stack::Modern,
             overlap,
             sequence_parallel: true,

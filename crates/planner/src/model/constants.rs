@@ -90,8 +90,8 @@ constants! {
     overlapped_tensor_exposed = 0.04834, "1", 0.0, 1.0;
     /// Time in which the host starts the kernels of one layer, forward.
     launch_microseconds_per_layer = 1034.0, "us", 50.0, 5000.0;
-    /// Layers whose start the device waits for after each pipeline transfer, where the stack of plain modules waits for it: the host has
-    /// then lost its lead.
+    /// Layers whose start the device waits for after each pipeline transfer, where the host synchronises with it: the host has then lost
+    /// its lead.
     transfer_stall_layers = 0.5289, "1", 0.001, 10.0;
     /// Time of the host's part over that of launching alone, where it waits for the end of each kernel.
     blocking_launch_factor = 4.183, "1", 1.0, 6.0;

@@ -213,10 +213,10 @@ fn transfers(site: &Site<'_>) -> Seconds {
     (moved + stall_after_transfer(site)) * (layout.interleave * exposed)
 }
 
-/// Pipelines of plain modules wait on the host for a transfer, forward and backward: the kernels that follow start only as fast as the host
-/// then launches them. A host that waits for every kernel has no lead to lose, and fused stacks enqueue transfers on the device.
+/// Stacks of 2020 to 2022 synchronise host and device after each transfer, forward and backward (Megatron-LM's `p2p_communication.py`): the kernels
+/// that follow start only as fast as the host then launches them. A host that waits for every kernel has no lead to lose.
 fn stall_after_transfer(site: &Site<'_>) -> Seconds {
-    if !site.layout.eager || site.layout.launch_blocking {
+    if site.layout.stack == Stack::Modern || site.layout.launch_blocking {
         return Seconds::ZERO;
     }
     site.launches(1.0 + BACKWARD_LAUNCHES) * site.constants.transfer_stall_layers
