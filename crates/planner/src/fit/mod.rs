@@ -5,6 +5,7 @@
 
 pub mod memory;
 pub mod tables;
+pub mod unseen;
 
 use crate::model::Case;
 use crate::model::constants::{Constants, DESCRIPTIONS};

@@ -8,6 +8,9 @@ use crate::units::{BitsPerSecond, Bytes, BytesPerSecond, Flop, FlopPerSecond, Se
 /// Memory bandwidth that streaming kernels reach over the printed one (BabelStream on A100 and H100: 0.85 to 0.93).
 const STREAM_FRACTION: f64 = 0.87;
 
+/// Fused attention on Hopper over the bf16 peak, in stacks of fused kernels: 335 TFLOP/s, forward and backward (arXiv 2307.08691, section 4.1).
+const FUSED_ATTENTION_HOPPER: f64 = 335.0 / 989.4;
+
 /// Sustained fraction of peak where nothing is measured: the least of the families that are.
 const GEMM_FRACTION_UNKNOWN: f64 = 0.55;
 
@@ -20,6 +23,8 @@ pub struct Rates {
     pub gemm_wide: FlopPerSecond,
     /// Fused attention.
     pub attention: FlopPerSecond,
+    /// The same as plain modules call it.
+    pub attention_eager: FlopPerSecond,
     /// Memory traffic of streaming kernels.
     pub memory: BytesPerSecond,
     /// Share of operand traffic that is not hidden.
@@ -36,18 +41,24 @@ impl Rates {
             Precision::Fp8 => peak(device, precision)? * fp8_fraction(device, constants),
             _ => gemm_wide,
         };
-        let attention = match device.family {
-            Family::Hopper | Family::Blackwell => constants.attention_fraction_hopper,
-            _ => constants.attention_fraction,
+        let (attention, attention_eager) = match device.family {
+            Family::Hopper | Family::Blackwell => (FUSED_ATTENTION_HOPPER, constants.attention_fraction_hopper),
+            _ => (constants.attention_fraction, constants.attention_fraction),
         };
         Ok(Self {
             gemm,
             gemm_wide,
             attention: peak_wide * attention,
+            attention_eager: peak_wide * attention_eager,
             memory: device.memory_bandwidth().ok_or_else(|| missing(device, "memory_bandwidth_gb_s"))?
                 * STREAM_FRACTION,
             exposed_traffic: constants.gemm_exposed_traffic,
         })
+    }
+
+    /// Fused attention of this software.
+    pub fn attention_of(&self, eager: bool) -> FlopPerSecond {
+        if eager { self.attention_eager } else { self.attention }
     }
 
     /// Time of (m, k) x (k, n), with the part of its operand traffic that arithmetic does not hide: efficiency falls as

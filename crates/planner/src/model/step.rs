@@ -9,6 +9,7 @@ use super::pipeline::pipeline;
 use super::rates::{Links, Rates};
 use super::shape::Transformer;
 use super::{Case, ModelError, Prediction};
+use crate::catalogue::Precision;
 use crate::units::{Bytes, Seconds};
 
 /// Backward starts about twice the kernels of forward.
@@ -45,6 +46,7 @@ struct Site<'a> {
     rates: Rates,
     links: Links,
     constants: &'a Constants,
+    precision: Precision,
     value_bytes: f64,
 }
 
@@ -68,12 +70,20 @@ pub fn predict(case: &Case<'_>, constants: &Constants) -> Result<Prediction, Mod
     let fullest = layers.iter().copied().fold(0.0, f64::max);
     let slowest = totals.iter().copied().fold(Seconds::ZERO, Seconds::max);
     let after = after_the_pipeline(case, &sites, fullest, slowest);
-    let nodes = (case.layout.devices() / case.devices_per_node).max(1.0);
-    let jitter = 1.0 + constants.jitter_per_doubling * nodes.log2();
-    let step = (flow.total + after.total()) * jitter + Seconds(constants.step_overhead_seconds);
+    // Devices of one scale-up domain start together; others wait for the slowest of them all.
+    let domains = sites.first().map_or(1.0, |site| (case.layout.devices() / site.links.node).max(1.0));
+    // The expected maximum of n normal variates.
+    let jitter = 1.0 + constants.jitter_deviation * (2.0 * domains.ln()).sqrt();
+    let step = (flow.total + after.total()) * jitter + among_hosts(case, constants);
     let sent: Seconds = stages.iter().map(|time| time.communication).sum();
     let communication = sent * micro_batches / stages.len() as f64 + after.communication;
     Ok(case.prediction(step, communication, flow.bubble, memory(case)))
+}
+
+/// What hosts do together once a step. One node's processes have it from shared memory; of many, all but one are waited for.
+fn among_hosts(case: &Case<'_>, constants: &Constants) -> Seconds {
+    let nodes = (case.layout.devices() / case.devices_per_node).max(1.0);
+    Seconds(constants.step_overhead_seconds * (1.0 - 1.0 / nodes))
 }
 
 fn layers_count(case: &Case<'_>) -> usize {
@@ -90,6 +100,7 @@ fn sites<'a>(case: &'a Case<'_>, constants: &'a Constants) -> Result<Vec<Site<'a
                 rates: Rates::of(device, case.precision, constants)?,
                 links: Links::of(device, case.devices_per_node, case.network)?,
                 constants,
+                precision: case.precision,
                 value_bytes: case.precision.bytes(),
             })
         })
@@ -99,20 +110,24 @@ fn sites<'a>(case: &'a Case<'_>, constants: &'a Constants) -> Result<Vec<Site<'a
 impl Site<'_> {
     /// A layer with its collectives, one micro-batch, forward and backward.
     fn layer(&self) -> Time {
-        let device = operators::layer(self.shape, self.layout, &self.rates, self.constants);
+        let device = operators::layer(self.shape, self.layout, self.precision, &self.rates, self.constants);
         let passes = if self.layout.recompute == Recompute::Full { 3.0 } else { 2.0 };
         let compute = device.forward + device.backward + device.recompute;
         let exchange = (self.tensor_parallel() + self.experts()) * passes + self.context_parallel();
         let time = Time { compute, communication: exchange + self.sharded_data(compute, passes) };
-        let launches = 1.0 + BACKWARD_LAUNCHES + (passes - 2.0);
-        let host = Seconds(self.constants.launch_microseconds_per_layer * 1e-6 * launches);
+        let host = self.launches(1.0 + BACKWARD_LAUNCHES + (passes - 2.0));
         if self.layout.launch_blocking {
-            return Time { compute: compute + host, ..time };
+            return Time { compute: compute + host * self.constants.blocking_launch_factor, ..time };
         }
         // The host runs ahead of the device, but not perfectly: their times add as squares, so that the slower sets the pace and a near
         // tie costs more than either.
         let paced = Seconds(time.total().0.hypot(host.0));
         Time { compute: compute + (paced - time.total()), ..time }
+    }
+
+    /// Time in which the host starts the kernels of so many passes over a layer.
+    fn launches(&self, passes: f64) -> Seconds {
+        Seconds(self.constants.launch_microseconds_per_layer * 1e-6 * passes)
     }
 
     fn row(&self) -> Bytes {
@@ -147,7 +162,7 @@ impl Site<'_> {
         let blocks = self.row() * (2.0 * self.shape.kv_heads / self.shape.heads / self.layout.tp * (cp - 1.0));
         let moved = send(blocks, group.spans_nodes(), &self.links, self.constants) * 3.0;
         let square = 4.0 * self.layout.tokens(self.shape.seq) * self.shape.seq * self.shape.hidden / self.layout.tp;
-        let hidden = crate::units::Flop(square * 0.5 * 3.5) / self.rates.attention;
+        let hidden = crate::units::Flop(square * 0.5 * 3.5) / self.rates.attention_of(self.layout.eager);
         (moved - hidden).max(Seconds::ZERO)
     }
 
@@ -158,7 +173,11 @@ impl Site<'_> {
         }
         let layer = stage_parameters(self.shape, self.layout, 1.0, false);
         let bytes = Bytes(layer * self.value_bytes);
-        let group = self.data_group();
+        let mut group = self.data_group();
+        if self.layout.stack == Stack::Classic {
+            // ZeRO-3 of 2021 gathers each parameter in one flat ring over all ranks: a node's boundary is crossed by one adapter.
+            group.per_node = 1.0;
+        }
         // Gathered once where only gradients are sharded, else for the backward pass as well; gradients are scattered once.
         let gathers = if self.layout.zero >= 3 { passes.min(2.0) } else { 1.0 };
         let moved = gather(bytes, group, &self.links, self.constants) * (gathers + 1.0);
@@ -190,7 +209,17 @@ fn transfers(site: &Site<'_>) -> Seconds {
     let layout = site.layout;
     let neighbours_are_far = layout.tp * layout.cp * layout.dp >= site.links.node;
     let exposed = if layout.overlap == Overlap::Full { OVERLAPPED_SEND_EXPOSED } else { 1.0 };
-    send(site.row() / layout.tp, neighbours_are_far, &site.links, site.constants) * (2.0 * layout.interleave * exposed)
+    let moved = send(site.row() / layout.tp, neighbours_are_far, &site.links, site.constants) * 2.0;
+    (moved + stall_after_transfer(site)) * (layout.interleave * exposed)
+}
+
+/// Stacks of 2020 to 2022 synchronise host and device after each transfer, forward and backward (Megatron-LM's `p2p_communication.py`): the kernels
+/// that follow start only as fast as the host then launches them. A host that waits for every kernel has no lead to lose.
+fn stall_after_transfer(site: &Site<'_>) -> Seconds {
+    if site.layout.stack == Stack::Modern || site.layout.launch_blocking {
+        return Seconds::ZERO;
+    }
+    site.launches(1.0 + BACKWARD_LAUNCHES) * site.constants.transfer_stall_layers
 }
 
 /// Gradients to all data-parallel ranks, the optimiser, and its result back.
@@ -222,9 +251,10 @@ fn gradients(site: &Site<'_>, layers: f64) -> Seconds {
     }
     let ends = stage_parameters(site.shape, layout, 0.0, true);
     let dense = site.shape.shared_layer_parameters() / layout.tp * layers + ends;
-    let experts = stage_parameters(site.shape, layout, layers, true) - dense - ends;
-    // Loss-scaled fp16 stacks reduce 16-bit gradients, today's bf16 stacks f32.
-    let gradient_bytes = if layout.stack == Stack::Classic { site.value_bytes } else { 4.0 };
+    let experts = stage_parameters(site.shape, layout, layers, true) - dense;
+    // Loss-scaled fp16 stacks of fused kernels reduce 16-bit gradients; today's, and plain modules under automatic mixed precision, f32.
+    let is_narrow = layout.stack == Stack::Classic && !layout.eager;
+    let gradient_bytes = if is_narrow { site.value_bytes } else { 4.0 };
     let group = site.data_group();
     let among_experts = Group { size: (group.size / layout.ep).max(1.0), ..group };
     let both = |parameters: f64, group: Group| {

@@ -22,9 +22,12 @@
 //! | interconnect_gbit_s | 200 | network of a node divided by its devices |
 //! | interleave | see [`default_interleave`] | model chunks of a device |
 //! | stack | classic for fp16, else modern | attention and kernels: loss-scaled fp16 is the mark of the stacks of 2020 to 2022 |
-//! | overlap | none for classic, else data | none, data, full |
+//! | overlap | see [`default_overlap`] | none, data, full |
+//!
+//! Fully sharded runs (zero 3) are taken to wrap plain modules, whose small operations run one by one; not so in FP8, whose products come with fused
+//! kernels or a compiler, and on TPUs, whose compiler fuses.
 
-use crate::catalogue::{Catalogue, CatalogueError, Device, Fp8Scale, Precision};
+use crate::catalogue::{Catalogue, CatalogueError, Device, Family, Fp8Scale, Precision};
 use crate::csv::{CsvError, Table, quoted};
 use crate::model::layout::{Layout, Overlap, Recompute, Stack};
 use crate::model::shape::Transformer;
@@ -101,7 +104,10 @@ const COLUMN_CHARACTERS_SHOWN: usize = 80;
 const HEAD_SIZE: f64 = 128.0;
 
 /// Most chunks of a device that are assumed.
-const INTERLEAVE_MAX: u32 = 4;
+const INTERLEAVE_MAX: u32 = 8;
+
+/// Least layers of an assumed chunk.
+const CHUNK_LAYERS_MIN: f64 = 2.0;
 
 /// Why a row cannot be predicted.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -314,11 +320,13 @@ impl<'a> Cells<'a> {
     }
 }
 
-fn case<'a>(catalogue: &'a Catalogue, table: &Table, row: usize) -> Result<Case<'a>, RowError> {
+/// What one row of a table of layouts describes.
+pub(crate) fn case<'a>(catalogue: &'a Catalogue, table: &Table, row: usize) -> Result<Case<'a>, RowError> {
     let cells = Cells { table, row };
     let devices = devices(catalogue, &cells)?;
     let precision = precision(&cells)?;
     let shape = shape(&cells)?;
+    let compiled = devices.iter().any(|device| device.family == Family::Tpu);
     let network = match cells.text("interconnect_gbit_s") {
         None => 200.0,
         Some(found) => {
@@ -333,7 +341,7 @@ fn case<'a>(catalogue: &'a Catalogue, table: &Table, row: usize) -> Result<Case<
         return Err(cells.error("precision", CellError::NoFp8(device.name.clone())));
     }
     Ok(Case {
-        layout: layout(&cells, &shape, precision)?,
+        layout: layout(&cells, &shape, precision, compiled)?,
         shape,
         precision,
         devices,
@@ -391,7 +399,7 @@ fn shape(cells: &Cells<'_>) -> Result<Transformer, RowError> {
     })
 }
 
-fn layout(cells: &Cells<'_>, shape: &Transformer, precision: Precision) -> Result<Layout, RowError> {
+fn layout(cells: &Cells<'_>, shape: &Transformer, precision: Precision, compiled: bool) -> Result<Layout, RowError> {
     let degree = |column: &str| Ok::<f64, RowError>(cells.whole(column)?.unwrap_or(1.0));
     let (tp, pp, cp) = (degree("tp")?, degree("pp")?, degree("cp")?);
     let dp = data_parallel(cells, tp * pp * cp)?;
@@ -403,15 +411,11 @@ fn layout(cells: &Cells<'_>, shape: &Transformer, precision: Precision) -> Resul
         Stack::Modern
     });
     let overlaps = [("none", Overlap::None), ("data", Overlap::Data), ("full", Overlap::Full)];
-    let overlap = cells.choice("overlap", &overlaps)?.unwrap_or(if stack == Stack::Classic {
-        Overlap::None
-    } else {
-        Overlap::Data
-    });
     let recomputes = [("none", Recompute::None), ("selective", Recompute::Selective), ("full", Recompute::Full)];
     let recompute = cells.choice("recompute", &recomputes)?.unwrap_or(Recompute::None);
     let zeros = [("0", 0), ("1", 1), ("2", 2), ("3", 3)];
     let zero = cells.choice("zero", &zeros)?.unwrap_or(1);
+    let overlap = cells.choice("overlap", &overlaps)?.unwrap_or(default_overlap(stack, precision, zero));
     let global_batch = cells.whole("global_batch")?.unwrap_or(dp * micro_batch);
     if global_batch < dp * micro_batch {
         let expected = format!("a whole number from dp micro_batch, {}", dp * micro_batch);
@@ -430,21 +434,32 @@ fn layout(cells: &Cells<'_>, shape: &Transformer, precision: Precision) -> Resul
         recompute,
         stack,
         overlap,
-        // Both came with the same paper (arXiv 2205.05198).
-        // Fully sharded runs wrap plain modules, the others use fused kernels.
-        eager: zero == 3,
+        eager: zero == 3 && precision != Precision::Fp8 && !compiled,
         launch_blocking: false,
+        // Both came with the same paper (arXiv 2205.05198).
         sequence_parallel: tp > 1.0 && (stack == Stack::Modern || recompute == Recompute::Selective),
     })
 }
 
-/// Today's stacks interleave where layers come out even: the most chunks up to four. Classic ones are taken as plain 1F1B.
+/// Today's stacks interleave: the most even chunks up to eight of at least two layers, short stages being filled up as Llama 3's ends are (126 layers on
+/// 16 stages: eight each, less one at both ends). Classic ones are taken as plain 1F1B.
 pub fn default_interleave(layers: f64, pp: f64, stack: Stack) -> f64 {
-    if pp <= 1.0 || stack == Stack::Classic || layers % pp != 0.0 {
+    if pp <= 1.0 || stack == Stack::Classic {
         return 1.0;
     }
-    let chunks = (1..=INTERLEAVE_MAX).rev().map(f64::from).find(|chunks| (layers / pp) % chunks == 0.0);
-    chunks.unwrap_or(1.0)
+    let stage = (layers / pp).ceil();
+    let is_even = |chunks: &f64| stage % chunks == 0.0 && stage / chunks >= CHUNK_LAYERS_MIN;
+    (1..=INTERLEAVE_MAX).rev().map(f64::from).find(is_even).unwrap_or(1.0)
+}
+
+/// What software of this kind hides: nothing in 2020 to 2022, but for the gathers of fully sharded parameters; later the gradients as well. FP8 is the
+/// mark of stacks (Transformer Engine, NeMo, torch.compile) that also overlap tensor-parallel collectives with the products they feed.
+fn default_overlap(stack: Stack, precision: Precision, zero: u8) -> Overlap {
+    match (stack, precision) {
+        (Stack::Classic, _) if zero < 3 => Overlap::None,
+        (Stack::Modern, Precision::Fp8) => Overlap::Full,
+        _ => Overlap::Data,
+    }
 }
 
 fn data_parallel(cells: &Cells<'_>, model_parallel: f64) -> Result<f64, RowError> {
