@@ -15,11 +15,18 @@ use crate::model::layout::{Layout, Overlap, Recompute, Stack};
 use crate::model::memory::memory;
 use crate::model::rates::Rates;
 use crate::model::{Case, ModelError, Prediction, USABLE_MEMORY};
-use crate::predict::default_interleave;
+use crate::predict::{default_interleave, default_overlap};
 use crate::units::{Bytes, Seconds};
 
 /// Micro-batches that are tried.
 const MICRO_BATCHES: &[f64] = &[1.0, 2.0, 4.0, 8.0];
+
+/// Fewest tokens of a sequence on one device where it is divided: attention's products are large enough then.
+const CONTEXT_TOKENS_MIN: f64 = 4_096.0;
+
+/// Degrees of context parallelism are below two to this power, those of expert parallelism likewise.
+const CONTEXT_EXPONENTS: u32 = 7;
+const EXPERT_EXPONENTS: u32 = 10;
 
 /// Most pipeline stages that are tried.
 const STAGES_MAX: f64 = 64.0;
@@ -262,14 +269,22 @@ fn uniform(task: &Task, site: &SiteSpec<'_>, devices: f64) -> Vec<Layout> {
     let mut all = Vec::new();
     for tp in tensor_degrees(task, site) {
         for pp in stages.iter().copied().filter(|pp| tp * pp <= devices) {
-            let most = (devices / (tp * pp)).floor().min(f64::from(task.global_batch));
-            for dp in degrees(most) {
-                let interleave = default_interleave(layers, pp, Stack::Modern);
-                push_variants(task, Layout { tp, pp, dp, interleave, ..base() }, &mut all);
+            for cp in context_degrees(task).filter(|cp| tp * pp * cp <= devices) {
+                let most = (devices / (tp * pp * cp)).floor().min(f64::from(task.global_batch));
+                for dp in degrees(most) {
+                    let interleave = default_interleave(layers, pp, Stack::Modern);
+                    push_variants(task, site, Layout { tp, pp, dp, cp, interleave, ..base() }, &mut all);
+                }
             }
         }
     }
     all
+}
+
+/// Powers of two that leave each part of a sequence [`CONTEXT_TOKENS_MIN`].
+fn context_degrees(task: &Task) -> impl Iterator<Item = f64> + use<> {
+    let most = (task.shape.seq / CONTEXT_TOKENS_MIN).max(1.0);
+    (0..CONTEXT_EXPONENTS).map(|exponent| f64::from(1u32 << exponent)).take_while(move |cp| *cp <= most)
 }
 
 /// One pipeline over all kinds, each with as many stages as its devices give and layers in proportion to its speed.
@@ -286,7 +301,7 @@ fn unlike<'a>(task: &Task, site: &SiteSpec<'a>) -> Result<Vec<(Placement<'a>, La
             }
             let placement = placed(task, site, &stages)?;
             let mut layouts = Vec::new();
-            push_variants(task, Layout { tp, pp, dp, ..base() }, &mut layouts);
+            push_variants(task, site, Layout { tp, pp, dp, ..base() }, &mut layouts);
             all.extend(layouts.into_iter().map(|layout| (placement.clone(), layout)));
         }
     }
@@ -341,21 +356,24 @@ fn base() -> Layout {
 }
 
 /// Micro-batch, sharding and expert parallelism of one set of degrees; as many micro-batches as stages.
-fn push_variants(task: &Task, layout: Layout, all: &mut Vec<Layout>) {
+fn push_variants(task: &Task, site: &SiteSpec<'_>, layout: Layout, all: &mut Vec<Layout>) {
     let batch = f64::from(task.global_batch);
-    let ep = if task.shape.experts > 1.0 { largest_group(task.shape.experts, layout.dp) } else { 1.0 };
     for micro_batch in MICRO_BATCHES.iter().copied().filter(|micro_batch| micro_batch * layout.dp <= batch) {
         let global_batch = layout.dp * micro_batch * layout.pp;
         for zero in if layout.pp > 1.0 { &[1_u8][..] } else { &[1, 3][..] } {
-            all.push(Layout { micro_batch, global_batch, zero: *zero, ep, eager: *zero == 3, ..layout });
+            let overlap = default_overlap(layout.stack, site.precision, *zero);
+            for ep in expert_groups(task.shape.experts, layout.dp) {
+                let eager = *zero == 3;
+                all.push(Layout { micro_batch, global_batch, zero: *zero, ep, eager, overlap, ..layout });
+            }
         }
     }
 }
 
-/// The largest power of two that divides the experts and is no larger than data parallelism.
-fn largest_group(experts: f64, dp: f64) -> f64 {
-    let groups = (0..10).map(|exponent| f64::from(1u32 << exponent));
-    groups.filter(|group| experts % group == 0.0 && *group <= dp).fold(1.0, f64::max)
+/// Powers of two that divide the experts and are no larger than data parallelism: few experts a device save memory, few nodes save time.
+fn expert_groups(experts: f64, dp: f64) -> impl Iterator<Item = f64> {
+    let groups = (0..EXPERT_EXPONENTS).map(|exponent| f64::from(1u32 << exponent));
+    groups.filter(move |group| *group == 1.0 || (experts > 1.0 && experts % group == 0.0 && *group <= dp))
 }
 
 fn refusal(task: &Task, site: &SiteSpec<'_>, leanest: Option<(Bytes, Bytes)>) -> PlanError {

@@ -77,6 +77,7 @@ fn site(site: &SitePlan) -> Value {
         "tp": layout.tp,
         "pp": layout.pp,
         "dp": layout.dp,
+        "cp": layout.cp,
         "ep": layout.ep,
         "zero": layout.zero,
         "micro_batch": layout.micro_batch,

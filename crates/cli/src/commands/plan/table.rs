@@ -149,7 +149,7 @@ fn sites(plan: &Plan) -> Vec<Vec<String>> {
 /// Degrees that are not 1, micro-batch, what is recomputed and sharded.
 fn layout(site: &SitePlan) -> String {
     let layout = &site.layout;
-    let degrees = [("tp", layout.tp), ("pp", layout.pp), ("dp", layout.dp), ("ep", layout.ep)];
+    let degrees = [("tp", layout.tp), ("pp", layout.pp), ("dp", layout.dp), ("cp", layout.cp), ("ep", layout.ep)];
     let mut parts: Vec<String> =
         degrees.iter().filter(|(_, degree)| *degree > 1.0).map(|(name, degree)| format!("{name} {degree}")).collect();
     parts.push(format!("zero {}", layout.zero));
