@@ -98,6 +98,8 @@ fn settled(observations: &[Observation<'_>]) -> Constants {
             return start;
         }
         start = written(&found);
+        println!("\na fit from where the last one ended: {start:?}");
+        print_errors(observations, &start);
     }
     start
 }

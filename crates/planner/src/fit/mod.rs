@@ -67,7 +67,7 @@ pub struct TableError {
 }
 
 /// Searches from perturbed bests, against local minima.
-const RESTARTS: u64 = 32;
+const RESTARTS: u64 = 64;
 
 /// Largest perturbation, as a factor's logarithm.
 const PERTURBATION: f64 = 0.35;

@@ -77,4 +77,17 @@ mod tests {
             assert!(table.cell(row, "source").is_some_and(|source| source.len() > 8), "{run:?}");
         }
     }
+
+    /// Families whose software and devices the fitted tables know, if not their layouts.
+    const KNOWN_KINDS: &[&str] =
+        &["llama3", "nemotron4", "nemo_fp8_h100", "flagperf", "sc21_table2", "pythia", "vtrain_single"];
+
+    #[test]
+    fn kinds_of_runs_that_the_fit_knows_are_within_a_sixth_on_average() {
+        let found = families(&compare(&Catalogue::built_in(), &FITTED));
+        for (family, _, percent) in found.iter().filter(|(family, ..)| KNOWN_KINDS.contains(&family.as_str())) {
+            assert!(*percent < 100.0 / 6.0, "{family}: {percent}");
+        }
+        assert!(KNOWN_KINDS.iter().all(|kind| found.iter().any(|(family, ..)| family == kind)));
+    }
 }

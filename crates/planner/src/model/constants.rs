@@ -50,55 +50,55 @@ macro_rules! constants {
 constants! {
     /// Sustained matrix-product rate over peak, before the traffic of its operands: A100 and its relatives. A family's value because
     /// clocks under the power limit, and how well the maker's library fills the units, are properties of the chip.
-    gemm_fraction_ampere = 0.8459, "1", 0.4, 0.97;
+    gemm_fraction_ampere = 0.8377, "1", 0.4, 0.97;
     /// The same for H100 and its relatives, whose matrix units lower the clock under load.
-    gemm_fraction_hopper = 0.7599, "1", 0.3, 0.95;
+    gemm_fraction_hopper = 0.7574, "1", 0.3, 0.95;
     /// The same for FP8 on Hopper, quantisation of the operands included.
-    gemm_fraction_hopper_fp8 = 0.5239, "1", 0.2, 0.95;
+    gemm_fraction_hopper_fp8 = 0.549, "1", 0.2, 0.95;
     /// The same for cards made for graphics.
-    gemm_fraction_graphics = 0.1432, "1", 0.1, 0.95;
+    gemm_fraction_graphics = 0.1090, "1", 0.1, 0.95;
     /// Sustained rate over a benchmark's rate, for devices of which a measured matrix product is known.
-    gemm_fraction_of_benchmark = 0.8805, "1", 0.5, 1.0;
+    gemm_fraction_of_benchmark = 0.8796, "1", 0.5, 1.0;
     /// Share of operand traffic that a matrix product does not hide.
-    gemm_exposed_traffic = 0.2591, "1", 0.0, 4.0;
+    gemm_exposed_traffic = 0.1736, "1", 0.0, 4.0;
     /// Rate of attention's batched products with a head size that is no multiple of 8, over the aligned rate.
-    misaligned_head_rate = 0.0627, "1", 0.02, 1.0;
+    misaligned_head_rate = 0.04706, "1", 0.02, 1.0;
     /// Rate of fused attention over peak on Ampere and other devices.
-    attention_fraction = 0.3294, "1", 0.1, 0.9;
+    attention_fraction = 0.3217, "1", 0.1, 0.9;
     /// The same on Hopper as plain modules call it: kernels of 2022 that do not use its asynchronous units, positions as a bias. What stacks of
     /// fused kernels reach is published (`rates.rs`).
-    attention_fraction_hopper = 0.1836, "1", 0.1, 0.9;
+    attention_fraction_hopper = 0.1824, "1", 0.1, 0.9;
     /// Memory traffic of unfused attention between its two products (scale, mask, softmax, dropout), forward.
-    unfused_bytes_per_score = 12.45, "byte", 4.0, 60.0;
+    unfused_bytes_per_score = 13.44, "byte", 4.0, 60.0;
     /// Memory traffic of norms, activations, residuals and dropout over what their operands' sizes give.
-    elementwise_traffic = 0.3682, "1", 0.2, 5.0;
+    elementwise_traffic = 0.2146, "1", 0.2, 5.0;
     /// The same where scale, mask, softmax and dropout are a kernel each, the softmax in f32.
-    eager_bytes_per_score = 57.22, "byte", 4.0, 120.0;
+    eager_bytes_per_score = 56.81, "byte", 4.0, 120.0;
     /// How much more memory traffic the other small operations of plain modules cause than the fused kernels of Megatron-LM.
-    eager_traffic = 6.265, "1", 1.0, 12.0;
+    eager_traffic = 10.58, "1", 1.0, 12.0;
     /// Bandwidth of a collective over the scale-up link's one-way rate.
-    scale_up_fraction = 0.6042, "1", 0.2, 1.0;
+    scale_up_fraction = 0.5591, "1", 0.2, 1.0;
     /// Bandwidth of a collective between nodes over the network's rate.
-    network_fraction = 0.567, "1", 0.1, 1.0;
+    network_fraction = 0.7094, "1", 0.1, 1.0;
     /// Bandwidth of a collective over PCIe without peer-to-peer, through the host's memory, over the slot's one-way rate.
-    pcie_fraction = 0.07996, "1", 0.01, 1.0;
+    pcie_fraction = 0.09719, "1", 0.01, 1.0;
     /// Time of a collective inside a node before its first byte.
-    collective_latency_microseconds = 10.38, "us", 1.0, 100.0;
+    collective_latency_microseconds = 45.70, "us", 1.0, 100.0;
     /// Share of sharded-data communication that computation can hide, where the stack overlaps it.
-    overlap_data = 0.7275, "1", 0.0, 1.0;
+    overlap_data = 0.7602, "1", 0.0, 1.0;
     /// Share of tensor-parallel communication that stays exposed where the stack overlaps it with computation.
-    overlapped_tensor_exposed = 0.04834, "1", 0.0, 1.0;
+    overlapped_tensor_exposed = 0.0484, "1", 0.0, 1.0;
     /// Time in which the host starts the kernels of one layer, forward.
-    launch_microseconds_per_layer = 1034.0, "us", 50.0, 5000.0;
+    launch_microseconds_per_layer = 990.9, "us", 50.0, 5000.0;
     /// Layers whose start the device waits for after each pipeline transfer, where the host synchronises with it: the host has then lost
     /// its lead.
-    transfer_stall_layers = 0.5289, "1", 0.001, 10.0;
+    transfer_stall_layers = 0.3820, "1", 0.001, 10.0;
     /// Time of the host's part over that of launching alone, where it waits for the end of each kernel.
-    blocking_launch_factor = 4.183, "1", 1.0, 6.0;
+    blocking_launch_factor = 4.235, "1", 1.0, 6.0;
     /// Once a step, on many nodes: loss scale, norm of gradients, data, logging, whose results every host waits for.
-    step_overhead_seconds = 0.06094, "s", 0.0, 2.0;
-    /// Standard deviation of a node's step over the step: the slowest of n, for which all wait, is sqrt(2 ln n) of them late.
-    jitter_deviation = 0.0303, "1", 0.0, 0.1;
+    step_overhead_seconds = 0.1062, "s", 0.0, 2.0;
+    /// What waiting for the slowest adds, for each doubling of scale-up domains.
+    jitter_per_doubling = 0.01601, "1", 0.0, 0.1;
 }
 
 #[cfg(test)]

@@ -166,3 +166,17 @@ pub fn logits(shape: &Transformer, layout: &Layout, rates: &Rates) -> Seconds {
 pub fn optimiser(parameters: f64, rates: &Rates) -> Seconds {
     Bytes(parameters * ADAM_BYTES) / rates.memory
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::constants::FITTED;
+
+    #[test]
+    fn heads_that_loads_fit_ill_are_slower_by_halves() {
+        let constants = Constants { misaligned_head_rate: 0.05, ..FITTED };
+        let rates = [128.0, 104.0, 108.0, 150.0, 125.0].map(|head| head_rate(head, &constants));
+        assert_eq!(rates, [1.0, 1.0, 0.1, 0.05, 0.05]);
+        assert_eq!(head_rate(108.0, &Constants { misaligned_head_rate: 0.8, ..FITTED }), 1.0);
+    }
+}

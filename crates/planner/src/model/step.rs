@@ -72,8 +72,7 @@ pub fn predict(case: &Case<'_>, constants: &Constants) -> Result<Prediction, Mod
     let after = after_the_pipeline(case, &sites, fullest, slowest);
     // Devices of one scale-up domain start together; others wait for the slowest of them all.
     let domains = sites.first().map_or(1.0, |site| (case.layout.devices() / site.links.node).max(1.0));
-    // The expected maximum of n normal variates.
-    let jitter = 1.0 + constants.jitter_deviation * (2.0 * domains.ln()).sqrt();
+    let jitter = 1.0 + constants.jitter_per_doubling * domains.log2();
     let step = (flow.total + after.total()) * jitter + among_hosts(case, constants);
     let sent: Seconds = stages.iter().map(|time| time.communication).sum();
     let communication = sent * micro_batches / stages.len() as f64 + after.communication;
@@ -266,4 +265,103 @@ fn gradients(site: &Site<'_>, layers: f64) -> Seconds {
         return both(dense, group) + both(experts.max(0.0), among_experts);
     }
     both(dense + experts.max(0.0), group)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::{Catalogue, Device, Precision};
+    use crate::model::constants::FITTED;
+    use crate::units::BitsPerSecond;
+
+    fn case<'a>(device: &'a Device, layout: Layout) -> Case<'a> {
+        Case {
+            shape: Transformer {
+                layers: 24.0,
+                hidden: 2048.0,
+                ffn: 8192.0,
+                heads: 16.0,
+                kv_heads: 16.0,
+                vocab: 51_200.0,
+                seq: 2048.0,
+                experts: 1.0,
+                experts_per_token: 1.0,
+                gated: false,
+            },
+            layout,
+            precision: Precision::Bf16,
+            devices: vec![device],
+            stage_layers: None,
+            devices_per_node: 8.0,
+            network: BitsPerSecond::from_gigabits(200.0),
+        }
+    }
+
+    fn layout() -> Layout {
+        Layout {
+            tp: 1.0,
+            pp: 1.0,
+            dp: 8.0,
+            cp: 1.0,
+            ep: 1.0,
+            zero: 0,
+            micro_batch: 1.0,
+            global_batch: 64.0,
+            interleave: 1.0,
+            recompute: Recompute::None,
+            stack: Stack::Classic,
+            overlap: Overlap::None,
+            sequence_parallel: false,
+            eager: false,
+            launch_blocking: false,
+        }
+    }
+
+    fn step(case: &Case<'_>, constants: &Constants) -> f64 {
+        case.predict_with(constants).unwrap().step.0
+    }
+
+    #[test]
+    fn hosts_of_one_node_wait_for_nobody() {
+        let catalogue = Catalogue::built_in();
+        let device = catalogue.find("A100").unwrap();
+        let slower = Constants { step_overhead_seconds: 1.0, jitter_per_doubling: 0.05, ..FITTED };
+        let one = case(device, layout());
+        assert_eq!(step(&one, &FITTED), step(&one, &slower));
+        let two = case(device, Layout { dp: 16.0, global_batch: 128.0, ..layout() });
+        assert!(step(&two, &slower) > step(&two, &FITTED) + 0.4);
+    }
+
+    #[test]
+    fn a_transfer_costs_the_hosts_lead_only_where_it_synchronises_and_has_one() {
+        let catalogue = Catalogue::built_in();
+        let device = catalogue.find("A100").unwrap();
+        let stalls = Constants { transfer_stall_layers: 5.0, ..FITTED };
+        let extra = |layout: Layout| {
+            let case = case(device, layout);
+            step(&case, &stalls) - step(&case, &FITTED)
+        };
+        let staged = Layout { pp: 4.0, dp: 2.0, ..layout() };
+        assert!(extra(staged) > 0.0);
+        assert_eq!(extra(layout()), 0.0);
+        assert_eq!(extra(Layout { stack: Stack::Modern, ..staged }), 0.0);
+        assert_eq!(extra(Layout { launch_blocking: true, ..staged }), 0.0);
+    }
+
+    #[test]
+    fn gradients_of_the_embedding_are_reduced_too_and_plain_modules_reduce_f32() {
+        let catalogue = Catalogue::built_in();
+        let device = catalogue.find("A100").unwrap();
+        let reduced = |vocab: f64, eager: bool| {
+            let mut case = case(device, Layout { dp: 64.0, global_batch: 64.0, eager, ..layout() });
+            case.shape.vocab = vocab;
+            let sites = sites(&case, &FITTED).unwrap();
+            gradients(&sites[0], case.shape.layers).0
+        };
+        let per_parameter = |few: f64, many: f64| many / few;
+        let (small, large) = (reduced(1024.0, false), reduced(513_024.0, false));
+        // 24 layers of 12 h^2 are 1.21e9 parameters, half a million tokens of 2,048 are 1.05e9.
+        assert!((1.8..1.95).contains(&per_parameter(small, large)), "{small} {large}");
+        assert!((1.9..2.01).contains(&per_parameter(small, reduced(1024.0, true))));
+    }
 }

@@ -97,6 +97,32 @@ fn mixture_of_experts_costs_what_it_activates() {
     assert!(mixture.step.0 > 1.3 * dense.step.0 && mixture.step.0 < 4.0 * dense.step.0, "{dense:?} {mixture:?}");
 }
 
+#[test]
+fn missing_columns_mean_what_authors_of_such_a_row_mostly_mean() {
+    let step = |added: &str, cells: &str| {
+        let text = format!(
+            "device,layers,hidden,ffn,heads,kv_heads,seq,global_batch,tp,pp,dp,zero,precision{added}\n\
+             H100,32,4096,14336,32,8,4096,512,{cells}\n"
+        );
+        predict_table(&Catalogue::built_in(), &text).unwrap().rows[0].clone().unwrap().step
+    };
+    // FP8 comes with overlapped tensor parallelism, bf16 does not.
+    assert_eq!(step("", "4,1,16,1,fp8"), step(",overlap", "4,1,16,1,fp8,full"));
+    assert_eq!(step("", "4,1,16,1,bf16"), step(",overlap", "4,1,16,1,bf16,data"));
+    // Loss-scaled fp16 is a stack that hides nothing but the gathers of fully sharded parameters.
+    assert_eq!(step("", "4,1,16,1,fp16"), step(",stack,overlap", "4,1,16,1,fp16,classic,none"));
+    assert_eq!(step("", "1,1,64,3,fp16"), step(",stack,overlap", "1,1,64,3,fp16,classic,data"));
+    assert_eq!(step("", "4,4,4,1,bf16"), step(",interleave", "4,4,4,1,bf16,4"));
+}
+
+#[test]
+fn stages_are_interleaved_as_evenly_as_they_come_out() {
+    let chunks = |layers, pp| default_interleave(layers, pp, Stack::Modern);
+    // Llama 3 405B, GPT-3, Llama 70B, one layer a stage, more stages than half the layers.
+    assert_eq!([chunks(126.0, 16.0), chunks(96.0, 8.0), chunks(80.0, 4.0), chunks(8.0, 8.0)], [4.0, 6.0, 5.0, 1.0]);
+    assert_eq!((chunks(32.0, 1.0), default_interleave(96.0, 8.0, Stack::Classic)), (1.0, 1.0));
+}
+
 mod properties {
     use super::*;
     use proptest::prelude::*;
