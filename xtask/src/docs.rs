@@ -21,7 +21,7 @@ use std::process::Command;
 const DOCUMENTS: [&str; 2] = ["docs/mission.md", "docs/published.md"];
 
 /// Beginnings of the commands that are run.
-const COMMANDS: [&str; 2] = ["beringia plan ", "beringia predict "];
+const COMMANDS: [&str; 3] = ["beringia plan ", "beringia predict ", published::PREDICTED];
 
 /// The one command that is answered here.
 const PUBLISHED: &str = "cargo xtask published";

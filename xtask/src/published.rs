@@ -5,14 +5,18 @@
 
 use crate::runs::Failure;
 use serde_json::Value;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+
+/// Beginning of a command that predicts a table given on its line.
+pub(crate) const PREDICTED: &str = "printf 'device,";
 
 /// Where a figure comes from.
 enum Figure {
     /// Share of a round in inner steps.
     Utilisation(&'static str),
-    /// Model FLOP utilisation of the only site.
+    /// Model FLOP utilisation of the only row of a table of layouts.
     Mfu(&'static str),
     /// Tokens a second of the first over the sum of the others.
     Share(&'static str, &'static [&'static str]),
@@ -81,9 +85,9 @@ const CASES: &[Case] = &[
         published: (96.0, 96.0),
     },
     Case {
-        name: "INTELLECT-1, 10B, MFU of one site",
+        name: "INTELLECT-1, 10B, MFU of one site, FSDP",
         figure: Figure::Mfu(
-            "--cluster docs/clusters/intellect-one.toml --model intellect-1-10b --tokens 1T --batch 128 --sequence 8192",
+            "device,devices,layers,hidden,ffn,heads,kv_heads,vocab,seq,global_batch,dp,zero\nH100,8,42,4096,14336,32,8,128256,8192,128,8,3\n",
         ),
         published: (43.3, 43.3),
     },
@@ -128,7 +132,7 @@ pub(crate) struct Options {
 /// Runs the command.
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     if options.commands {
-        CASES.iter().flat_map(|case| case.figure.commands()).for_each(|command| println!("beringia plan {command}"));
+        CASES.iter().flat_map(|case| case.figure.commands()).for_each(|command| println!("{command}"));
         return Ok(());
     }
     print!("{}", table(&crate::docs::program(options.beringia.as_deref())?)?);
@@ -150,29 +154,46 @@ pub(crate) fn table(program: &Path) -> Result<String, Failure> {
 }
 
 impl Figure {
-    fn commands(&self) -> Vec<&'static str> {
+    /// The commands as a user types them.
+    fn commands(&self) -> Vec<String> {
         match self {
-            Self::Utilisation(command) | Self::Mfu(command) => vec![command],
-            Self::Share(all, parts) => [*all].into_iter().chain(parts.iter().copied()).collect(),
+            Self::Utilisation(arguments) => vec![format!("beringia plan {arguments}")],
+            Self::Mfu(table) => {
+                vec![format!("printf '{}' | beringia predict --table /dev/stdin", table.replace('\n', "\\n"))]
+            }
+            Self::Share(all, parts) => {
+                [all].into_iter().chain(*parts).map(|arguments| format!("beringia plan {arguments}")).collect()
+            }
         }
     }
 
     fn of(&self, program: &Path) -> Result<f64, Failure> {
-        let figures = self.commands().into_iter().map(|command| {
-            let best = best(program, command)?;
-            let figure = match self {
-                Self::Utilisation(_) => &best["utilisation"],
-                Self::Mfu(_) => &best["sites"][0]["mfu"],
-                Self::Share(..) => &best["tokens_per_second"],
-            };
-            figure.as_f64().ok_or_else(|| format!("beringia plan {command}: no figure").into())
-        });
-        let figures: Vec<f64> = figures.collect::<Result<_, Failure>>()?;
-        Ok(match &figures[..] {
-            [all, parts @ ..] if !parts.is_empty() => all / parts.iter().sum::<f64>(),
-            other => other.iter().sum(),
-        })
+        match self {
+            Self::Utilisation(arguments) => figure(&best(program, arguments)?["utilisation"]),
+            Self::Mfu(table) => figure(&predicted(program, table)?["rows"][0]["mfu"]),
+            Self::Share(all, parts) => {
+                let speed = |arguments| figure(&best(program, arguments)?["tokens_per_second"]);
+                let alone = parts.iter().map(|part| speed(part)).sum::<Result<f64, Failure>>();
+                Ok(speed(all)? / alone?)
+            }
+        }
     }
+}
+
+fn figure(value: &Value) -> Result<f64, Failure> {
+    value.as_f64().ok_or_else(|| format!("{value} is no figure").into())
+}
+
+/// What is predicted of a table of layouts.
+fn predicted(program: &Path, table: &str) -> Result<Value, Failure> {
+    let mut child = Command::new(program)
+        .args(["predict", "--table", "/dev/stdin", "--json"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    // Dropped at the end of the statement: the table ends there.
+    child.stdin.take().ok_or("no pipe")?.write_all(table.as_bytes())?;
+    Ok(serde_json::from_slice(&child.wait_with_output()?.stdout)?)
 }
 
 /// The best plan of a command.
@@ -194,7 +215,7 @@ mod tests {
         let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/published.md")).unwrap();
         for command in CASES.iter().flat_map(|case| case.figure.commands()) {
             let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-            assert!(document.contains(&format!("$ beringia plan {}", words(command))), "{command}");
+            assert!(document.contains(&format!("$ {}", words(&command))), "{command}");
         }
     }
 }

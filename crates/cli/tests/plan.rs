@@ -258,8 +258,8 @@ fn bad_clusters_are_refused_with_what_mends_them() {
 fn clusters_that_contradict_themselves_say_where_and_what_mends_them() {
     let cases = [
         ("gbit_s = 10", "gbit_s = nan", "link_default: gbit_s = NaN is not between", "give gbit_s its true value"),
-        ("\"lyon\"", "\"oslo\"", "line 12, site \"oslo\": another site has that name", "another name"),
-        ("\"lyon\"", "\"\\u001b[31m\"", "line 12, site \"\\u{1b}[31m\": the name is empty, ", "short name"),
+        ("\"lyon\"", "\"oslo\"", "line 13, site \"oslo\": another site has that name", "another name"),
+        ("\"lyon\"", "\"\\u001b[31m\"", "line 13, site \"\\u{1b}[31m\": the name is empty, ", "short name"),
         ("devices = 64", "devices = 0", "line 6, site \"oslo\": devices = 0 is not between", "its true value"),
         ("devices = 64", "devices = 64.5", "TOML parse error at line 9, column 11", "docs/plan.md"),
         ("devices = 128", "devices = 128\nprecision = \"fp8\"", "A100 SXM4 80GB has no FP8 products", "\"bf16\""),
@@ -272,8 +272,8 @@ fn clusters_that_contradict_themselves_say_where_and_what_mends_them() {
     }
     let link = |ends: &str| format!("{CLUSTER}[[link]]\nbetween = [{ends}]\ngbit_s = 1\n");
     for (text, message) in [
-        (link("\"oslo\", \"oslo\""), "line 18, link oslo - oslo joins a site with itself"),
-        (link("\"oslo\", \"lion\""), "line 18, link oslo - lion names \"lion\", which is no site"),
+        (link("\"oslo\", \"oslo\""), "line 19, link oslo - oslo joins a site with itself"),
+        (link("\"oslo\", \"lion\""), "line 19, link oslo - lion names \"lion\", which is no site"),
         (link("\"oslo\", \"lyon\", \"rome\""), "expected the names of two sites"),
         (link("\"oslo\", \"lyon\"") + &link("\"lyon\", \"oslo\"")[CLUSTER.len()..], "another link joins these two"),
     ] {
@@ -300,9 +300,9 @@ fn what_does_not_fit_says_the_least_change_that_would_do() {
     let tokens: u32 = told.split("--sequence ").nth(1).unwrap().split([' ', '\n']).next().unwrap().parse().unwrap();
     let place = Place::with(&[("c.toml", &home(16, ""))]);
     place.text(&format!("plan --cluster c.toml --model llama-3-8b --batch 8 --tokens 1T --sequence {tokens}"));
-    let told = refused(&home(8, "power_limit_kw = 0.001\n"), "");
+    let told = refused(&home(8, "power_limit_kw = 0.001\n"), "--plans 1");
     assert!(told.contains("home: power_limit_kw = 0.001 does not run one of its devices\nhint: raise power"), "{told}");
-    let told = refused(&home(8, "tokens_per_second = 1e9\n"), "");
+    let told = refused(&home(8, "tokens_per_second = 1e9\n"), "--plans 1");
     assert!(told.contains("home: tokens_per_second = 1000000000 would be "), "{told}");
     for told in [refused(&home(64, ""), "--tokens 1e6"), refused(&home(64, ""), "--tokens 1,4T")] {
         assert!(told.starts_with("error: --tokens "), "{told}");

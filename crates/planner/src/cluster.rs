@@ -5,7 +5,7 @@ use crate::catalogue::{Catalogue, CatalogueError, Fp8Scale, Precision};
 use crate::search::account;
 use crate::search::account::Tariff;
 use crate::search::{Group, Links, SITES_MAX, SiteSpec};
-use crate::units::{BitsPerSecond, Seconds, Watts};
+use crate::units::{BitsPerSecond, Seconds, Watts, plain};
 use crate::wan::Link;
 use base::Hint;
 use serde::{Deserialize, Deserializer};
@@ -254,7 +254,7 @@ pub enum ClusterError {
         place: String,
     },
     /// A number that nobody can mean.
-    #[error("{place}: {key} = {found} is not between {least} and {greatest}")]
+    #[error("{place}: {key} = {} is not between {least} and {greatest}", plain(*found))]
     Absurd {
         /// The site or link.
         place: String,

@@ -12,6 +12,9 @@ const PARAMETERS: (f64, f64) = (1e6, 1e14);
 /// Vocabulary of a model of fewer parameters than so many: a small model of a large vocabulary would be all embedding.
 const VOCABULARIES: &[(f64, f64)] = &[(1e7, 1_024.0), (1e8, 8_192.0), (5e8, 32_000.0)];
 
+/// Parameters below which any number of layers does: four at a time would miss the size.
+const SMALL: f64 = 1e8;
+
 /// Name, layers, width, feed-forward, heads, key-value heads, vocabulary, experts, experts a token, gated.
 type Known = (&'static str, f64, f64, f64, f64, f64, f64, f64, f64, bool);
 
@@ -114,10 +117,14 @@ fn llama_of(parameters: f64) -> Transformer {
     };
     let off = |shape: &Transformer| (shape.parameters() / parameters).ln().abs();
     let widths = (1..=1_024).map(|heads| f64::from(heads) * 128.0);
-    let with_layers = widths.flat_map(|hidden| {
+    let depths = |hidden: f64| -> Vec<f64> {
         let ideal = hidden / 102.4;
-        [0.75, 0.85, 1.0, 1.15, 1.3].map(|factor| shape(hidden, (ideal * factor / 4.0).round().max(1.0) * 4.0))
-    });
+        if parameters < SMALL {
+            return (1..=16).map(f64::from).collect();
+        }
+        [0.75, 0.85, 1.0, 1.15, 1.3].map(|factor| (ideal * factor / 4.0).round().max(1.0) * 4.0).to_vec()
+    };
+    let with_layers = widths.flat_map(|hidden| depths(hidden).into_iter().map(move |layers| shape(hidden, layers)));
     let nearest = with_layers.reduce(|best, next| if off(&next) < off(&best) { next } else { best });
     nearest.unwrap_or_else(|| unreachable!("there are widths"))
 }

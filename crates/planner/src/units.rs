@@ -249,6 +249,12 @@ impl Div<Seconds> for Bytes {
     }
 }
 
+/// A number in a message: as it is, or as a power of ten where that would be long.
+pub fn plain(number: f64) -> String {
+    let is_short = number == 0.0 || !number.is_finite() || (1e-6..1e15).contains(&number.abs());
+    if is_short { number.to_string() } else { format!("{number:e}") }
+}
+
 /// A count as people write it: "70B", "1.4T", "512k", "2e12", "1,024"; none where it is no finite number, or where a comma stands elsewhere than
 /// before three digits ("1,4T" is 1.4 to some and would be 14 here).
 pub fn parse_count(text: &str) -> Option<f64> {
@@ -291,6 +297,11 @@ mod tests {
         assert_eq!(counts, [70e9, 1.4e12, 512e3, 2e12, 1024.0].map(Some));
         assert_eq!(["", "B", "seven", "1e400", "NaN", "1,4T", "1,0000", "1,"].map(parse_count), [None; 8]);
         assert_eq!(["1,400.5B", "1_000_000"].map(parse_count), [1.4005e12, 1e6].map(Some));
+    }
+
+    #[test]
+    fn numbers_in_messages_are_short() {
+        assert_eq!([-80.0, 0.5, 1e300, 1e-300, f64::NAN].map(plain), ["-80", "0.5", "1e300", "1e-300", "NaN"]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What each accelerator can do, with the source of every figure. Unknown stays unknown: a prediction that needs a missing figure
 //! says which one, and a user's own TOML of the same form adds devices or overrides single keys of known ones.
 
-use crate::units::{Bytes, BytesPerSecond, FlopPerSecond};
+use crate::units::{Bytes, BytesPerSecond, FlopPerSecond, plain};
 use base::Hint;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -258,7 +258,7 @@ pub enum CatalogueError {
         maximum: usize,
     },
     /// A rate, size or bandwidth that nothing can have.
-    #[error("device \"{device}\": {key} = {value} is not a positive number up to {greatest}")]
+    #[error("device \"{device}\": {key} = {} is not a positive number up to {greatest}", plain(*value))]
     Absurd {
         /// Which entry.
         device: String,
@@ -275,6 +275,9 @@ pub enum CatalogueError {
         /// Counted from 1.
         place: usize,
     },
+    /// A device that the file describes twice.
+    #[error("two [[device]] of the file are \"{0}\"")]
+    Again(String),
     /// Two devices of one name.
     #[error("\"{name}\" names two devices, {one} and {other}")]
     Twice {
@@ -306,7 +309,8 @@ impl Hint for CatalogueError {
                     .to_owned()
             }
             Self::Nameless { .. } => "give it name = \"...\"".to_owned(),
-            Self::Twice { name, .. } => format!("keep one [[device]] for \"{name}\", with all that it says"),
+            Self::Again(name) => format!("keep one [[device]] for \"{name}\", with all that both say"),
+            Self::Twice { name, .. } => format!("take \"{name}\" from one of the two"),
             Self::Absurd { key, .. } => format!("give {key} its true value, or leave the key out if it is unknown"),
             Self::Syntax(_) => "compare with an entry of docs/planner.md, \"A device of your own\"".to_owned(),
             Self::TooLarge { .. } => "keep only the devices of your sites".to_owned(),
@@ -340,7 +344,7 @@ impl Catalogue {
             let known =
                 devices.iter().find(|device| device.is_called(&name)).map_or(&name, |device| &device.name).clone();
             if !said.insert(simplified(&known)) {
-                return Err(CatalogueError::Twice { one: known.clone(), other: known, name });
+                return Err(CatalogueError::Again(known));
             }
             match devices.iter_mut().find(|device| device.is_called(&name)) {
                 Some(known) => *known = overridden(known, &table)?,
@@ -589,7 +593,7 @@ mod tests {
         }
         let twice = "[[device]]\nname = \"H20\"\nmemory_gib = 141\n[[device]]\nname = \"h-20\"\ntdp_w = 500\n";
         let error = built_in.with_user_file(twice).unwrap_err();
-        assert!(matches!(&error, CatalogueError::Twice { one, .. } if one == "H20 96GB"), "{error}");
+        assert_eq!(error, CatalogueError::Again("H20 96GB".to_owned()));
         let error = built_in.with_user_file(&format!("{own}name = \"Mine\"\naliases = [\"h100\"]\n")).unwrap_err();
         assert!(matches!(&error, CatalogueError::Twice { other, .. } if other == "Mine"), "{error}");
     }

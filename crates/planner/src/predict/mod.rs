@@ -124,6 +124,9 @@ pub enum CellError {
     /// FP8 on a device that has none.
     #[error("{0} has no FP8 products")]
     NoFp8(String),
+    /// A layout that cannot be.
+    #[error("{0}")]
+    Impossible(String),
     /// A cell that has no default is empty.
     #[error("the cell is empty and has no default")]
     Empty,
@@ -154,6 +157,7 @@ impl Hint for RowError {
             CellError::Device(error) => error.hint(),
             CellError::Model(error) => error.hint(),
             CellError::NoFp8(_) => Some(format!("write bf16 into {} of row {}", self.column, self.row)),
+            CellError::Impossible(_) => Some(format!("change {} of row {}", self.column, self.row)),
             CellError::Empty => Some(format!("fill in {} of row {}", self.column, self.row)),
             CellError::Value { expected, .. } => {
                 Some(format!("write {expected} into {} of row {}", self.column, self.row))
@@ -220,11 +224,11 @@ pub fn predict_table(catalogue: &Catalogue, text: &str) -> Result<Predicted, Pre
         .map(|row| {
             let case = case(catalogue, &table, row)?;
             case.predict().map_err(|error| {
-                let column = match &error {
-                    ModelError::Impossible { what, .. } => what,
-                    ModelError::UnknownFigure { .. } => "device",
+                let (column, error) = match error {
+                    ModelError::Impossible { what, reason } => (what, CellError::Impossible(reason)),
+                    error @ ModelError::UnknownFigure { .. } => ("device", error.into()),
                 };
-                RowError { row: row + 1, column: column.to_owned(), error: error.into() }
+                RowError { row: row + 1, column: column.to_owned(), error }
             })
         })
         .collect();
@@ -258,14 +262,16 @@ fn written(table: &Table, rows: &[Result<Prediction, RowError>]) -> String {
 }
 
 fn write_prediction(csv: &mut String, prediction: &Prediction) -> core::fmt::Result {
+    let memory = prediction.memory.total().gib();
+    // A toy's memory is not nothing.
+    let digits = if memory < 0.1 { 9 } else { 3 };
     writeln!(
         csv,
-        "{:.6},{:.3},{:.3},{:.4},{:.3},{:.4},{:.4},{:.4},",
+        "{:.6},{:.3},{:.3},{:.4},{memory:.digits$},{:.4},{:.4},{:.4},",
         prediction.step.0,
         prediction.tokens_per_second_per_device,
         prediction.useful.tera(),
         prediction.mfu,
-        prediction.memory.total().gib(),
         prediction.compute_share,
         prediction.communication_share,
         prediction.bubble_share,
@@ -380,6 +386,14 @@ fn shape(cells: &Cells<'_>) -> Result<Transformer, RowError> {
     if kv_heads > heads {
         return Err(cells.wrong("kv_heads", &kv_heads.to_string(), format!("a whole number up to the heads, {heads}")));
     }
+    let seq = cells.whole("seq")?.unwrap_or(2_048.0);
+    if let Some(cp) = cells.whole("cp")?.filter(|cp| *cp > seq) {
+        return Err(cells.wrong(
+            "cp",
+            &cp.to_string(),
+            format!("a whole number up to the tokens of a sequence, {seq}"),
+        ));
+    }
     let experts_per_token = cells.whole("experts_per_token")?.unwrap_or(2.0_f64.min(experts));
     if experts_per_token > experts {
         let found = experts_per_token.to_string();
@@ -392,7 +406,7 @@ fn shape(cells: &Cells<'_>) -> Result<Transformer, RowError> {
         heads,
         kv_heads,
         vocab: cells.whole("vocab")?.unwrap_or(51_200.0),
-        seq: cells.whole("seq")?.unwrap_or(2_048.0),
+        seq,
         experts,
         experts_per_token,
         gated: ffn != 4.0 * hidden || experts > 1.0,

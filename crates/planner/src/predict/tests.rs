@@ -40,7 +40,7 @@ fn errors_name_row_and_column() {
         |device: &str, tp: &str, precision: &str| format!("x,{device},,24,2048,,16,,,,,,{tp},,,,,,,,,{precision},,");
     assert_eq!(first(&row("A100", "zwei", "")), "row 1, column tp: \"zwei\" is not a whole number from 1 to 10000");
     assert_eq!(first(&row("A100", "0", "")), "row 1, column tp: \"0\" is not a whole number from 1 to 10000");
-    assert_eq!(first(&row("A100", "32", "")), "row 1, column tp: tp: 32 ranks for 16 heads");
+    assert_eq!(first(&row("A100", "32", "")), "row 1, column tp: 32 ranks for 16 heads");
     assert_eq!(first(&row("B100X", "", "")), "row 1, column device: no device is called \"B100X\" in the catalogue");
     assert_eq!(first(&row("", "", "")), "row 1, column device: the cell is empty and has no default");
     assert_eq!(first(&row("A100", "", "fp8")), "row 1, column precision: A100 SXM4 80GB has no FP8 products");

@@ -4,7 +4,7 @@
 
 use super::Task;
 use super::between::{Judged, Strategy, Wan, Way, judged};
-use crate::units::{BitsPerSecond, BytesPerSecond, Seconds};
+use crate::units::{BitsPerSecond, BytesPerSecond, Seconds, plain};
 use crate::wan::loss::loss_ratio;
 use crate::wan::schedule::Hiding;
 use crate::wan::{Exchange, Link, RoundCase, round_time_at};
@@ -60,7 +60,7 @@ impl Default for Given {
 #[non_exhaustive]
 pub enum GivenError {
     /// A number out of its range.
-    #[error("{option} {found} is not between {least} and {greatest}")]
+    #[error("{option} {} is not between {} and {greatest}", plain(*found), plain(*least))]
     Range {
         /// The option.
         option: &'static str,

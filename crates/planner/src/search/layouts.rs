@@ -164,7 +164,7 @@ pub fn ability<'a>(task: &Task, site: &SiteSpec<'a>) -> Result<Ability<'a>, Plan
     }
 }
 
-/// The fastest layout at the speed that was seen: a step takes its tokens over that speed, whatever was predicted.
+/// The fastest layout at the speed that was seen: a step takes its tokens over that speed, whatever was predicted, and any number of sequences.
 fn as_measured<'a>(
     task: &Task,
     site: &SiteSpec<'a>,
@@ -174,8 +174,8 @@ fn as_measured<'a>(
     let slowness = |line: &&Line<'_>| line.each / line.quantum;
     let fastest = ability.lines.iter().min_by(|left, right| slowness(left).total_cmp(&slowness(right)));
     let mut line = fastest.unwrap_or_else(|| unreachable!("a site with layouts")).clone();
-    (line.start, line.each) = (0.0, line.quantum * task.shape.seq / measured);
-    let times = predict(task, site, &line, line.quantum)?.mfu;
+    (line.start, line.each, line.quantum) = (0.0, task.shape.seq / measured, 1.0);
+    let times = predict(task, site, &line, line.layout.global_batch)?.mfu;
     if times > 1.0 {
         return Err(PlanError::TooFast { site: site.name.clone(), measured, times });
     }

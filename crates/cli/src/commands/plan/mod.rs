@@ -285,7 +285,7 @@ fn wish(args: &Args) -> Result<Wish, Failure> {
     ];
     for (option, cap) in caps {
         if cap.is_some_and(|cap| !(cap.is_finite() && cap > 0.0)) {
-            let message = format!("{option} {} is no positive number", cap.unwrap_or_default());
+            let message = format!("{option} {} is no positive number", units::plain(cap.unwrap_or_default()));
             return Err(Failure::new(message, format!("give {option} a positive number, or leave it out")));
         }
     }
