@@ -653,7 +653,7 @@ fn event_of(note: Note) -> Option<Event> {
     Some(match note {
         Note::SiteReady { site, tokens_per_second } => Event::SiteReady { site, tokens_per_second },
         Note::SiteDevice { site, device } => {
-            let SiteDevice { engine, name, maker, driver, memory_bytes, precision } = device;
+            let SiteDevice { engine, name, maker, driver, memory_bytes, precision } = *device;
             Event::SiteDevice { site, engine, name, maker, driver, memory_bytes, precision }
         }
         Note::SiteLeft { site, reason } => {

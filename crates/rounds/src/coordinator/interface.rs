@@ -226,7 +226,7 @@ pub enum Note {
         /// Who.
         site: SiteId,
         /// On what.
-        device: SiteDevice,
+        device: Box<SiteDevice>,
     },
     /// A site is gone.
     SiteLeft {

@@ -301,7 +301,7 @@ impl Coordinator {
                 if let Some(known) = self.sites.get_mut(&site) {
                     known.device.clone_from(&device);
                 }
-                commands.push(Command::Note(Note::SiteDevice { site, device }));
+                commands.push(Command::Note(Note::SiteDevice { site, device: Box::new(device) }));
             }
         }
     }

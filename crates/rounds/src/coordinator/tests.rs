@@ -7,8 +7,8 @@ use base::config::Exchange;
 
 const INITIAL: ContentHash = ContentHash([7; 32]);
 
-/// A delta that can be fetched is told in some 80 bytes; n of them are made at once.
-const COMMAND_BYTES_MAX: usize = 128;
+/// That a delta can be fetched takes 80 bytes, and n of them are said at once.
+const COMMAND_BYTES_MAX: usize = 96;
 
 /// A coordinator and honest sites that answer at once.
 struct Run {
