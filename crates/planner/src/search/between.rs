@@ -22,6 +22,10 @@ const FRAGMENT_LAYERS: f64 = 3.0;
 /// Encoding and decoding, bytes of f32 a second: what one site's CPU does at least with 4-bit blocks.
 const CODING: BytesPerSecond = BytesPerSecond(2e9);
 
+/// Bits of scales for each value: one of 8 bits for 32 values of MXFP4, one of 16 for 128 of int8.
+const SCALE_BITS_4: f64 = 8.0 / 32.0;
+const SCALE_BITS_8: f64 = 16.0 / 128.0;
+
 /// The three strategies of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Strategy {
@@ -67,9 +71,18 @@ impl Way {
         if self.bits < 16 { CODING } else { BytesPerSecond(f64::INFINITY) }
     }
 
+    /// Bits that a value takes on the link, its part of a scale among them.
+    pub fn bits_on_link(&self) -> f64 {
+        match self.bits {
+            4 => 4.0 + SCALE_BITS_4,
+            8 => 8.0 + SCALE_BITS_8,
+            bits => f64::from(bits),
+        }
+    }
+
     /// In words: strategy, H, fragments, overlap, bits, exchange.
     pub fn describe(&self) -> String {
-        let exchange = if self.exchange == Exchange::Ring { ", sharded" } else { "" };
+        let exchange = if self.exchange == Exchange::Sharded { ", sharded" } else { "" };
         match self.strategy {
             Strategy::Synchronous => format!("synchronous, {}-bit gradients{exchange}", self.bits),
             Strategy::Diloco => format!("diloco, H = {}, {} bits{exchange}", self.inner_steps, self.bits),
@@ -137,7 +150,7 @@ fn ways(task: &Task, sites: usize) -> impl Iterator<Item = Way> + use<> {
         })
     });
     // Between two sites a sharded exchange moves what a mesh moves; a single site does without.
-    let exchanges = if sites > 2 { &[Exchange::Mesh, Exchange::Ring][..] } else { &[Exchange::Mesh][..] };
+    let exchanges = if sites > 2 { &[Exchange::Mesh, Exchange::Sharded][..] } else { &[Exchange::Mesh][..] };
     let several = if sites > 1 { usize::MAX } else { 1 };
     let all = synchronous
         .chain(outer)
@@ -154,7 +167,7 @@ fn round_case(task: &Task, sites: usize, step: Seconds, wan: Wan, way: Way) -> R
     RoundCase {
         parameters: task.shape.parameters(),
         layers: task.shape.layers,
-        bits_per_parameter: f64::from(way.bits),
+        bits_per_parameter: way.bits_on_link(),
         sites: sites as f64,
         inner_steps: f64::from(way.inner_steps),
         fragments: f64::from(way.fragments),

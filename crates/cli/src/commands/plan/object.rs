@@ -32,7 +32,7 @@ fn plan(plan: &Plan) -> Value {
         "fragments": plan.way.fragments,
         "overlap_steps": plan.way.overlap_steps,
         "bits": plan.way.bits,
-        "exchange": if plan.way.exchange == planner::wan::Exchange::Ring { "sharded" } else { "mesh" },
+        "exchange": if plan.way.exchange == planner::wan::Exchange::Sharded { "sharded" } else { "mesh" },
         "step_seconds": plan.step.0,
         "round_seconds": plan.round.total().0,
         "transfer_seconds": plan.round.transfer.0,
