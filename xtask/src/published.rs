@@ -37,7 +37,7 @@ macro_rules! intellect {
             "--cluster docs/clusters/intellect-",
             $place,
             ".toml --model intellect-1-10b --tokens 1T --batch 1792 --sequence 8192 --strategy diloco --inner-steps 100 \
-             --bits 8 --exchange sharded --coding-gb-s 1000 --all-sites"
+             --bits 8 --exchange ring --coding-gb-s 1000 --all-sites"
         )
     };
 }

@@ -69,14 +69,61 @@ fn a_fleet_says_what_became_of_its_time() {
     let fleet = place.object(&format!("{FLEET} --seed 7"));
     let number = |key: &str| fleet[key].as_f64().unwrap();
     assert_eq!((fleet["seed"].as_u64(), number("days")), (Some(7), 2.0));
-    // Above 1 where the others go faster without the site that has the thinnest link.
-    assert!(number("goodput") > 0.3 && number("committed_of_capacity") < 1.0, "{fleet}");
+    assert!(number("goodput") > 0.3 && number("goodput") < 1.0 && number("committed_of_capacity") < 1.0, "{fleet}");
+    assert!(fleet["sites"].as_array().unwrap().iter().all(|site| site["replicas"].as_f64().unwrap() > 1.0));
+    assert_eq!(fleet["rates"]["on_failure"], "replica");
     let goodput = number("tokens_committed") / number("tokens_without_failures");
     assert!((number("goodput") - goodput).abs() < 1e-12);
     let lost: f64 = fleet["lost_of_capacity"].as_object().unwrap().values().map(|part| part.as_f64().unwrap()).sum();
     assert!((number("committed_of_capacity") + lost - 1.0).abs() < 1e-9, "{fleet}");
     assert!(fleet["faults"]["failures"].as_u64().unwrap() > 5, "{fleet}");
     assert!(number("rounds") > 100.0 && number("decisions") > number("rounds"));
+}
+
+/// Sites (device, number, Gbit/s of its access if that is thin) behind equal links of so many Gbit/s.
+fn cluster(gbit_s: f64, round_trip_ms: f64, sites: &[(&str, u32, Option<f64>)]) -> String {
+    let mut text = format!("[link_default]\ngbit_s = {gbit_s}\nround_trip_ms = {round_trip_ms}\n");
+    for (place, (device, devices, access)) in sites.iter().enumerate() {
+        text += &format!("\n[[site]]\nname = \"s{place}\"\ndevice = \"{device}\"\ndevices = {devices}\n");
+        text += &access.map_or_else(String::new, |access| format!("wan_gbit_s = {access}\n"));
+    }
+    text
+}
+
+#[test]
+fn what_nothing_disturbs_is_as_fast_as_its_plan_says() {
+    let place = Place::new();
+    let unlike = [("H100", 512, None), ("A100", 1024, None), ("H20", 512, None)];
+    let several: Vec<_> = [("H100", 64, Some(2.0)), ("A100", 64, None), ("H20", 64, Some(4.0))].repeat(4);
+    let clusters = [
+        CLUSTER.to_owned(),
+        cluster(100.0, 20.0, &unlike),
+        cluster(2.0, 20.0, &unlike),
+        cluster(100.0, 20.0, &[("H100", 512, None); 3]),
+        cluster(1.0, 20.0, &[("H100", 512, None); 3]),
+        cluster(5.0, 60.0, &[("H100", 1024, None); 2]),
+        cluster(1.0, 20.0, &several),
+    ];
+    let mut ways = Vec::new();
+    for cluster in clusters {
+        fs::write(place.0.path().join("other.toml"), &cluster).unwrap();
+        let fleet = place.object("simulate --plan other.toml --model llama-3-8b --batch 1024 --days 0.05 --seed 1");
+        let number = |key: &str| fleet[key].as_f64().unwrap();
+        let ratio = number("tokens_without_failures") / number("tokens_planned");
+        assert!((ratio - 1.0).abs() < 0.05, "{ratio} of the plan: {fleet}");
+        ways.push(fleet["way"].as_str().unwrap().to_owned());
+    }
+    let sharded = ways.iter().filter(|way| way.ends_with("sharded")).count();
+    assert!(sharded > 0 && sharded < ways.len(), "{ways:?}");
+}
+
+#[test]
+fn a_site_that_goes_on_without_a_replica_loses_less_than_one_that_stops() {
+    let place = Place::new();
+    let goodput = |options: &str| place.object(&format!("{FLEET} --seed 7{options}"))["goodput"].as_f64().unwrap();
+    let (replica, site) = (goodput(""), goodput(" --on-failure site"));
+    assert!(replica > site + 0.02, "{replica} and {site}");
+    assert!(goodput(" --restart-seconds 10") > replica);
 }
 
 #[test]

@@ -22,6 +22,10 @@ const FRAGMENT_LAYERS: f64 = 3.0;
 /// Encoding and decoding, bytes of f32 a second: what one site's CPU does at least with 4-bit blocks.
 const CODING: BytesPerSecond = BytesPerSecond(2e9);
 
+/// Bits of scales for each value: one of 8 bits for 32 values of MXFP4, one of 16 for 128 of int8.
+const SCALE_BITS_4: f64 = 8.0 / 32.0;
+const SCALE_BITS_8: f64 = 16.0 / 128.0;
+
 /// The three strategies of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Strategy {
@@ -67,9 +71,23 @@ impl Way {
         if self.bits < 16 { CODING } else { BytesPerSecond(f64::INFINITY) }
     }
 
+    /// Bits that a value takes on the link, its part of a scale among them.
+    pub fn bits_on_link(&self) -> f64 {
+        match self.bits {
+            4 => 4.0 + SCALE_BITS_4,
+            8 => 8.0 + SCALE_BITS_8,
+            bits => f64::from(bits),
+        }
+    }
+
     /// In words: strategy, H, fragments, overlap, bits, exchange.
     pub fn describe(&self) -> String {
-        let exchange = if self.exchange == Exchange::Ring { ", sharded" } else { "" };
+        let exchange = match self.exchange {
+            Exchange::Mesh => "",
+            Exchange::Sharded => ", sharded",
+            Exchange::Ring => ", in a ring",
+            Exchange::UploadBound => ", through storage",
+        };
         match self.strategy {
             Strategy::Synchronous => format!("synchronous, {}-bit gradients{exchange}", self.bits),
             Strategy::Diloco => format!("diloco, H = {}, {} bits{exchange}", self.inner_steps, self.bits),
@@ -120,7 +138,7 @@ fn ways(task: &Task, sites: usize) -> impl Iterator<Item = Way> + use<> {
         bits: *bits,
         exchange: Exchange::Mesh,
     });
-    let most = (task.shape.layers / FRAGMENT_LAYERS).ceil() as u32;
+    let layers = task.shape.layers;
     let outer = BITS.iter().flat_map(move |bits| {
         INNER_STEPS.iter().flat_map(move |inner_steps| {
             let diloco = Way {
@@ -131,13 +149,13 @@ fn ways(task: &Task, sites: usize) -> impl Iterator<Item = Way> + use<> {
                 bits: *bits,
                 exchange: Exchange::Mesh,
             };
-            let fragments = fragments(*inner_steps, most);
+            let fragments = fragments(layers, *inner_steps);
             let streaming = Way { strategy: Strategy::Streaming, fragments, overlap_steps: OVERLAP_STEPS, ..diloco };
             [diloco, streaming]
         })
     });
     // Between two sites a sharded exchange moves what a mesh moves; a single site does without.
-    let exchanges = if sites > 2 { &[Exchange::Mesh, Exchange::Ring][..] } else { &[Exchange::Mesh][..] };
+    let exchanges = if sites > 2 { &[Exchange::Mesh, Exchange::Sharded][..] } else { &[Exchange::Mesh][..] };
     let several = if sites > 1 { usize::MAX } else { 1 };
     let all = synchronous
         .chain(outer)
@@ -145,16 +163,17 @@ fn ways(task: &Task, sites: usize) -> impl Iterator<Item = Way> + use<> {
     all.take(several)
 }
 
-/// The most fragments, at most so many, of which each has a whole number of inner steps to itself, as run.toml wants it.
-fn fragments(inner_steps: u32, most: u32) -> u32 {
+/// The most fragments of three layers or more of which each has a whole number of inner steps to itself, as run.toml wants it.
+pub(super) fn fragments(layers: f64, inner_steps: u32) -> u32 {
+    let most = (layers / FRAGMENT_LAYERS).ceil() as u32;
     (1..=most.min(inner_steps)).rev().find(|count| inner_steps.is_multiple_of(*count)).unwrap_or(1)
 }
 
-fn round_case(task: &Task, sites: usize, step: Seconds, wan: Wan, way: Way) -> RoundCase {
+pub(super) fn round_case(task: &Task, sites: usize, step: Seconds, wan: Wan, way: Way) -> RoundCase {
     RoundCase {
         parameters: task.shape.parameters(),
         layers: task.shape.layers,
-        bits_per_parameter: f64::from(way.bits),
+        bits_per_parameter: way.bits_on_link(),
         sites: sites as f64,
         inner_steps: f64::from(way.inner_steps),
         fragments: f64::from(way.fragments),
@@ -177,7 +196,10 @@ mod tests {
 
     #[test]
     fn fragments_divide_the_inner_steps() {
-        assert_eq!(INNER_STEPS.iter().map(|steps| fragments(*steps, 27)).collect::<Vec<_>>(), [10, 15, 25, 25, 25, 25]);
-        assert_eq!((fragments(7, 3), fragments(100, 6)), (1, 5));
+        assert_eq!(
+            INNER_STEPS.iter().map(|steps| fragments(80.0, *steps)).collect::<Vec<_>>(),
+            [10, 15, 25, 25, 25, 25]
+        );
+        assert_eq!((fragments(9.0, 7), fragments(18.0, 100)), (1, 5));
     }
 }

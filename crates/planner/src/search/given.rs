@@ -3,11 +3,10 @@
 //! A filter over the ways that [`super::between`] tries, with the given values in place of the tried ones: they need not be among those.
 
 use super::Task;
-use super::between::{Judged, Strategy, Wan, Way, judged};
-use crate::units::{BitsPerSecond, BytesPerSecond, Seconds, plain};
+use super::between::{Judged, Strategy, Wan, Way, fragments, judged, round_case};
+use crate::units::{BytesPerSecond, Seconds, plain};
 use crate::wan::loss::loss_ratio;
-use crate::wan::schedule::Hiding;
-use crate::wan::{Exchange, Link, RoundCase, round_time_at};
+use crate::wan::{Exchange, RoundCase, round_time_at};
 use base::Hint;
 
 /// Most inner steps and fragments that can be meant.
@@ -15,9 +14,6 @@ pub const STEPS_MAX: u32 = 100_000;
 
 /// Most bits a parameter takes.
 pub const BITS_MAX: u32 = 64;
-
-/// Layers of a fragment where their number is not given (arXiv 2501.18512).
-const FRAGMENT_LAYERS: f64 = 3.0;
 
 /// What is given of the way between the sites; the rest is looked for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -147,7 +143,7 @@ impl Given {
         }
         if way.strategy == Strategy::Streaming {
             way.overlap_steps = self.overlap_steps.unwrap_or(way.overlap_steps);
-            way.fragments = self.fragments.unwrap_or_else(|| fragments(task, way.inner_steps));
+            way.fragments = self.fragments.unwrap_or_else(|| fragments(task.shape.layers, way.inner_steps));
             if self.inner_steps.is_none() {
                 // As run.toml wants it; where both are given, others than ours may have run otherwise.
                 way.inner_steps = way.inner_steps.next_multiple_of(way.fragments);
@@ -155,12 +151,6 @@ impl Given {
         }
         Some(way)
     }
-}
-
-/// The most fragments of three layers or more of which each has a whole number of inner steps to itself.
-fn fragments(task: &Task, inner_steps: u32) -> u32 {
-    let most = (task.shape.layers / FRAGMENT_LAYERS).ceil() as u32;
-    (1..=most.min(inner_steps)).rev().find(|count| inner_steps.is_multiple_of(*count)).unwrap_or(1)
 }
 
 /// Every way for so many sites that has what is given; those that lose least information first.
@@ -179,20 +169,11 @@ pub fn settled(task: &Task, given: &Given, sites: usize, step: Seconds, wan: Wan
 }
 
 fn judge(task: &Task, given: &Given, sites: usize, step: Seconds, wan: Wan, way: Way) -> Judged {
-    let rate = Link::ideal(BitsPerSecond::from_bytes_per_second(wan.rate));
+    let tried = round_case(task, sites, step, wan, way);
     let case = RoundCase {
-        parameters: task.shape.parameters(),
-        layers: task.shape.layers,
-        bits_per_parameter: f64::from(way.bits) * given.density,
-        sites: sites as f64,
-        inner_steps: f64::from(way.inner_steps),
-        fragments: f64::from(way.fragments),
-        overlap_steps: f64::from(way.overlap_steps),
-        step,
-        link: Link { round_trip: wan.round_trip, ..rate },
-        exchange: way.exchange,
-        hiding: Hiding::Snapshot,
-        coding: given.coding.unwrap_or(way.coding()),
+        bits_per_parameter: tried.bits_per_parameter * given.density,
+        coding: given.coding.unwrap_or(tried.coding),
+        ..tried
     };
     let loss = loss_ratio(task.shape.parameters(), sites as f64, f64::from(way.inner_steps));
     Judged { way, round: round_time_at(&case, wan.rate, wan.rate), loss }

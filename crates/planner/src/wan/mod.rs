@@ -1,20 +1,19 @@
 //! What the links between sites leave of the compute rate.
 //!
 //! A round has H inner steps. P fragments are synchronised in it, each once; a transfer of S bytes to or from the busiest site takes
-//! S / rate + delay, and stalls the site only by what is not hidden:
+//! S / rate + delays, and stalls the site only by what is not hidden:
 //! ```text
 //! synchronous, diloco, streaming     round = H t + sum over syncs of stall
-//! stall of a snapshot                max(0, coding + transfer - min(tau, H / P) t)
 //! utilisation                        H t / round
 //! ```
-//! [`schedule`] has the stall of stacks that send layer by layer during the backward pass. Speeds of sites differ: shares follow them
+//! [`schedule`] has the stall of a snapshot, and of stacks that send layer by layer during the backward pass. Speeds of sites differ: shares follow them
 //! ([`compute_seconds`]). [`loss`] says what H and the number of sites cost in loss, and so in time to the same loss.
 
 pub mod loss;
 pub mod schedule;
 
 use crate::units::{BitsPerSecond, Bytes, BytesPerSecond, Seconds};
-use schedule::Hiding;
+use schedule::{Hiding, Sync};
 
 /// Bytes that one TCP stream keeps in flight: the window that our transport asks for.
 const STREAM_WINDOW: Bytes = Bytes(2.0 * 1_048_576.0);
@@ -27,6 +26,10 @@ const MATHIS: f64 = 1.22;
 
 /// Share of a link's bits that are content: headers of Ethernet, IP, TCP and TLS on full segments.
 pub const CONTENT: f64 = 0.94;
+
+/// Of a pass of the host through a delta, what a fragment waits for another one that is on its way at the same time: a merge meets the next
+/// encoding, or the other way round, and half of that half pass is what one waits on average.
+const MEETING_PASSES: f64 = 0.25;
 
 /// A site's way to the others.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -68,20 +71,44 @@ impl Link {
 pub enum Exchange {
     /// Every site fetches every other's delta: (n-1) S each way.
     Mesh,
-    /// Reduce-scatter and all-gather, as a ring or with every site merging a slice (our sharded rounds): 2 (n-1)/n S each way.
+    /// Every site fetches its slice of every other's delta, merges it, and gives the merge M of f32 to all: (n-1)/n (S + M) each way.
+    Sharded,
+    /// Reduce-scatter and all-gather of stacks whose sums travel as their summands do: 2 (n-1)/n S each way.
     Ring,
     /// Each site puts its delta on storage that all reach, and the fetches are as fast as they come: S up.
     UploadBound,
 }
 
 impl Exchange {
-    /// Bytes that a site sends and receives.
-    pub fn bytes(self, delta: Bytes, sites: f64) -> (Bytes, Bytes) {
+    /// Bytes that a site sends and receives; `content` is the f32 of what the deltas code.
+    pub fn bytes(self, delta: Bytes, content: Bytes, sites: f64) -> (Bytes, Bytes) {
         let others = (sites - 1.0).max(0.0);
+        let slices = others / sites.max(1.0);
+        let each = match self {
+            Self::Mesh => delta * others,
+            Self::Sharded => (delta + content) * slices,
+            Self::Ring => delta * (2.0 * slices),
+            Self::UploadBound => return (delta, Bytes::ZERO),
+        };
+        (each, each)
+    }
+
+    /// Round trips from a snapshot until its merge can begin, at most. Ours are those of the protocol, each word and each fetch half or a
+    /// whole one: computed, announced, fetched, held, committed; in a sharded round also merged, announced, fetched and held.
+    fn round_trips(self) -> f64 {
         match self {
-            Self::Mesh => (delta * others, delta * others),
-            Self::Ring => (delta * (2.0 * others / sites.max(1.0)), delta * (2.0 * others / sites.max(1.0))),
-            Self::UploadBound => (delta, Bytes::ZERO),
+            Self::Mesh => 3.0,
+            Self::Sharded => 6.0,
+            Self::Ring | Self::UploadBound => 1.0,
+        }
+    }
+
+    /// How often a site's host goes through a delta: encoding and merging are half each, and in a sharded round what was merged from
+    /// slices is merged into the parameters again.
+    fn coding_passes(self) -> f64 {
+        match self {
+            Self::Sharded => 1.5,
+            Self::Mesh | Self::Ring | Self::UploadBound => 1.0,
         }
     }
 }
@@ -146,16 +173,18 @@ pub fn round_time(case: &RoundCase) -> RoundTime {
 
 /// Time of a round whose busiest site sends and receives at these rates, whatever its link is made of.
 pub fn round_time_at(case: &RoundCase, up: BytesPerSecond, down: BytesPerSecond) -> RoundTime {
-    let delta = Bytes(case.parameters * case.bits_per_parameter / 8.0);
-    let (sent, received) = case.exchange.bytes(delta, case.sites);
-    let moved = (sent / up).max(received / down);
-    let coding = Bytes(4.0 * case.parameters) / case.coding;
-    let each = (moved + coding) / case.fragments + case.link.round_trip;
+    let (delta, content) = (Bytes(case.parameters * case.bits_per_parameter / 8.0), Bytes(4.0 * case.parameters));
+    let (sent, received) = case.exchange.bytes(delta, content, case.sites);
+    let transfer = (sent / up).max(received / down) / case.fragments;
+    let pass = content / case.coding / case.fragments;
+    let (coding, meeting) = (pass * case.exchange.coding_passes(), pass * MEETING_PASSES);
+    let delay = case.link.round_trip * case.exchange.round_trips();
+    let sync = Sync { transfer, coding, delay, meeting };
     let compute = case.step * case.inner_steps;
-    let stall = schedule::stall(case, each);
+    let stall = schedule::stall(case, sync);
     RoundTime {
         compute,
-        transfer: each * case.fragments,
+        transfer: sync.total() * case.fragments,
         stall,
         utilisation: compute / (compute + stall),
         sent,

@@ -121,6 +121,52 @@ fn the_seventh_round_streams_four_bits_over_one_gigabit() {
     assert!((ratio - 1.0).abs() < 0.10, "{ratio}");
 }
 
+#[test]
+fn sharded_rounds_send_their_merges_in_f32() {
+    // 1e9 values: 3 x 0.5 GB in a mesh of four, 3/4 of 0.5 + 4 GB sharded. At 32 bits, or among many, it is the other way round.
+    let bytes =
+        |exchange: Exchange, bits: f64, sites: f64| exchange.bytes(Bytes(bits / 8.0 * 1e9), Bytes(4e9), sites).0;
+    assert_eq!((bytes(Exchange::Mesh, 4.0, 4.0), bytes(Exchange::Sharded, 4.0, 4.0)), (Bytes(1.5e9), Bytes(3.375e9)));
+    assert!(bytes(Exchange::Sharded, 32.0, 4.0).0 < bytes(Exchange::Mesh, 32.0, 4.0).0);
+    assert!(bytes(Exchange::Sharded, 4.0, 10.0).0 < bytes(Exchange::Mesh, 4.0, 10.0).0);
+    assert_eq!(bytes(Exchange::Sharded, 32.0, 7.0), bytes(Exchange::Ring, 32.0, 7.0));
+}
+
+#[test]
+fn a_link_that_is_never_idle_bounds_the_rounds_however_long_the_overlap_is() {
+    // S = 2 steps of 1 s, u = 3 s of transfer, delays of 2 s: m = 5 s. With tau = 5 a merge has q = 2 rounds' waits before its own.
+    let case = |overlap_steps: f64, gigabits: f64| RoundCase {
+        parameters: 10e9 / 8.0,
+        layers: 10.0,
+        bits_per_parameter: 8.0,
+        sites: 2.0,
+        inner_steps: 20.0,
+        fragments: 10.0,
+        overlap_steps,
+        step: Seconds(1.0),
+        link: Link { round_trip: Seconds(2.0 / 3.0), ..Link::ideal(BitsPerSecond::from_gigabits(gigabits)) },
+        exchange: Exchange::Mesh,
+        hiding: Hiding::Snapshot,
+        coding: BytesPerSecond(f64::INFINITY),
+    };
+    let stall = |overlap_steps, gigabits| {
+        let case = case(overlap_steps, gigabits);
+        let rate = case.link.up.bytes_per_second();
+        round_time_at(&case, rate, rate).stall.0 / case.fragments
+    };
+    let third = 1.0 / 3.0;
+    assert!((stall(5.0, third) - 1.0).abs() < 1e-9, "{}", stall(5.0, third));
+    assert!((stall(1.0, third) - 4.0).abs() < 1e-9, "the merge is late: {}", stall(1.0, third));
+    assert!((stall(2.0, 1.0) - 0.5).abs() < 1e-9, "3 s less 2, over two rounds: {}", stall(2.0, 1.0));
+    // Encoding and merging take 0.4 s each. With tau = 2 another fragment is on its way, and 0.2 s are waited for it; with tau = 1 there is none.
+    let coded = |overlap_steps| {
+        let case = RoundCase { coding: BytesPerSecond(5e9 / 8.0), ..case(overlap_steps, 1.0) };
+        let rate = case.link.up.bytes_per_second();
+        round_time_at(&case, rate, rate).stall.0 / case.fragments
+    };
+    assert!((coded(2.0) - (3.8 + 0.2 - 2.0) / 2.0).abs() < 1e-9 && (coded(1.0) - 2.8).abs() < 1e-9);
+}
+
 fn lossy(loss: f64, loss_based: bool, streams: f64) -> BytesPerSecond {
     let rate = BitsPerSecond::from_gigabits(10.0);
     Link { round_trip: Seconds(0.02), loss, loss_based, streams, ..Link::ideal(rate) }.throughput(rate)

@@ -9,7 +9,7 @@ pub(super) enum Doing {
     Waiting,
     /// Its process runs, but has no part in the run yet: it catches up, or fetches a state.
     Joining,
-    /// A device has failed.
+    /// A device has failed, and nothing of the site trains.
     Failed,
     /// A planned stop.
     Stopped,
@@ -23,7 +23,7 @@ const KINDS: usize = 6;
 /// Tokens that were not committed, by cause: each second of a site counts as what it trains in one.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Lost {
-    /// Failed devices: from the failure until the process runs again.
+    /// Failed devices: from the failure until the site trains again, and after that what the missing replicas would have trained.
     pub failures: f64,
     /// Planned stops.
     pub stops: f64,
@@ -47,27 +47,44 @@ impl Lost {
     }
 }
 
+/// What a site has of its full speed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Pace {
+    /// Part of its replicas that are there.
+    pub(super) there: f64,
+    /// Part of their speed that those have.
+    pub(super) slow: f64,
+}
+
+impl Pace {
+    pub(super) fn speed(self) -> f64 {
+        self.there * self.slow
+    }
+}
+
 /// One site's time.
 #[derive(Debug, Clone)]
 pub(super) struct Clock {
     doing: Doing,
     since: f64,
     seconds: [f64; KINDS],
-    /// Of the training, what slow spells cost.
+    /// Of the training, what missing replicas and slow spells cost.
+    missing_seconds: f64,
     slow_seconds: f64,
 }
 
 impl Clock {
     pub(super) fn new() -> Self {
-        Self { doing: Doing::Joining, since: 0.0, seconds: [0.0; KINDS], slow_seconds: 0.0 }
+        Self { doing: Doing::Joining, since: 0.0, seconds: [0.0; KINDS], missing_seconds: 0.0, slow_seconds: 0.0 }
     }
 
-    /// Does that from now on. `speed` is the part of its full speed that it had until now.
-    pub(super) fn turn(&mut self, doing: Doing, speed: f64, now: f64) {
+    /// Does that from now on. `pace` is what it had until now.
+    pub(super) fn turn(&mut self, doing: Doing, pace: Pace, now: f64) {
         let passed = now - self.since;
         self.seconds[self.doing as usize] += passed;
         if self.doing == Doing::Training {
-            self.slow_seconds += passed * (1.0 - speed);
+            self.missing_seconds += passed * (1.0 - pace.there);
+            self.slow_seconds += passed * (pace.there - pace.speed());
         }
         (self.doing, self.since) = (doing, now);
     }
@@ -79,9 +96,9 @@ impl Clock {
     /// Tokens trained, and tokens lost, of a site of that speed.
     pub(super) fn tokens(&self, tokens_per_second: f64) -> (f64, Lost) {
         let of = |doing: Doing| self.seconds[doing as usize] * tokens_per_second;
-        let slow = self.slow_seconds * tokens_per_second;
+        let (missing, slow) = (self.missing_seconds * tokens_per_second, self.slow_seconds * tokens_per_second);
         let lost = Lost {
-            failures: of(Doing::Failed),
+            failures: of(Doing::Failed) + missing,
             stops: of(Doing::Stopped),
             leaving: of(Doing::Left),
             joining: of(Doing::Joining),
@@ -89,7 +106,7 @@ impl Clock {
             waiting: of(Doing::Waiting),
             uncommitted: 0.0,
         };
-        (of(Doing::Training) - slow, lost)
+        (of(Doing::Training) - slow - missing, lost)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The queue of events between the coordinator and the members, and what each of their commands takes.
 
 use super::clock::{Doing, Lost};
-use super::node::{Next, Node, Work, state_after};
+use super::node::{Next, Node, StateFetch, Work, state_after};
 use super::rates::Fault;
 use super::{Fleet, FleetError, FleetOutcome, word};
 use base::random::Random;
@@ -28,6 +28,11 @@ const STATE_BYTES: f64 = 8.0;
 
 /// Of an inner step, the way forward: its backward pass is twice as much work.
 const FORWARD_PART: f64 = 1.0 / 3.0;
+
+/// A state comes in so many pieces, from each holder two at a time: the next one is on its way while one arrives, holders that send faster
+/// send more, and deltas go between.
+const STATE_PIECES: u64 = 256;
+const STATE_PIECES_AT_ONCE: usize = 2;
 
 /// Of what coding takes, encoding is one half and merging the other.
 const CODING_PART: f64 = 0.5;
@@ -65,7 +70,11 @@ enum Happening {
     Retry(Process),
     Reduced(Process, u64, Round, ContentHash),
     Merged(Process, u64, Round, ContentHash),
-    State(Process, Round, ContentHash, Process),
+    /// Number of the fetch, and who has sent it.
+    Piece(Process, u64, Process),
+    StateUnavailable(Process),
+    Restarted(Process),
+    ReplicaBack(Process),
     Fault(usize, Fault),
     SpellEnds(usize),
     Back(Process),
@@ -109,9 +118,9 @@ pub(super) struct Drive<'a> {
     lines: Vec<Option<u64>>,
     /// Of each site, what nobody could give yet.
     unanswered: Vec<Vec<Fetch>>,
-    /// When the way between two sites, and each site's access, is free again.
+    /// When the way between two sites, and each site's access out and in, is free again.
     link_free: Vec<Vec<f64>>,
-    access_free: Vec<f64>,
+    access_free: [Vec<f64>; 2],
     random: BTreeMap<(usize, Fault), Random>,
     /// Size of a delta of each fragment, and its values.
     fragments: Vec<(u64, f64)>,
@@ -129,7 +138,7 @@ impl<'a> Drive<'a> {
         let initial = ContentHash::of(b"the state that every site begins with");
         let (coordinator, _) = Coordinator::recover(fleet.settings.clone(), initial, []);
         let node = |(place, site): (usize, &super::FleetSite)| {
-            Node::new(SiteId(place as u32), site.tokens_per_second, initial)
+            Node::new(SiteId(place as u32), (site.replicas, site.tokens_per_second), initial)
         };
         let count = fleet.settings.sync.fragments;
         let plan = |index| rounds::FragmentPlan {
@@ -150,7 +159,7 @@ impl<'a> Drive<'a> {
             lines: vec![None; sites],
             unanswered: vec![Vec::new(); sites],
             link_free: vec![vec![0.0; sites]; sites],
-            access_free: vec![0.0; sites],
+            access_free: [vec![0.0; sites], vec![0.0; sites]],
             random: faults.map(|key| (key, Random::new(seed, ((key.0 as u64) << 8) | key.1 as u64))).collect(),
             fragments: fragments.collect(),
             rounds_kept: fleet.settings.rounds_kept(plan(0), sites),
@@ -190,9 +199,7 @@ impl<'a> Drive<'a> {
         let mut trained = 0.0;
         let mut lost = Lost::default();
         for (node, site) in self.nodes.iter_mut().zip(&self.fleet.sites) {
-            let doing = node.clock.doing();
-            node.clock.turn(doing, node.speed, self.now);
-            let (tokens, of_site) = node.clock.tokens(site.tokens_per_second);
+            let (tokens, of_site) = node.tokens(self.now);
             trained += tokens;
             lost += of_site;
             self.outcome.tokens_capacity += site.tokens_per_second * self.now;
@@ -263,11 +270,21 @@ impl<'a> Drive<'a> {
                 }
             }
             Happening::Merged(process, states, round, state_hash) => self.merged(process, states, round, state_hash),
-            Happening::State(process, round, state_hash, holder) => {
-                self.state_came(process, (round, state_hash), holder)
-            }
+            Happening::Piece(process, fetch, holder) => self.piece_came(process, fetch, holder),
+            Happening::StateUnavailable(process) => self.tell(process, MemberEvent::StateUnavailable),
             Happening::Fault(place, fault) => self.fault(place, fault),
-            Happening::SpellEnds(place) => self.set_speed(place, 1.0),
+            Happening::SpellEnds(place) => self.change(place, |node, now| node.set_slow(1.0, now)),
+            Happening::Restarted(process) => {
+                if self.running(process).is_some() {
+                    self.change(process.0, Node::restarted);
+                    self.drive_engine(process.0);
+                }
+            }
+            Happening::ReplicaBack(process) => {
+                if self.running(process).is_some() {
+                    self.change(process.0, Node::replica_back);
+                }
+            }
             Happening::Back((place, process)) => {
                 if self.nodes[place].process == process && self.nodes[place].member.is_none() {
                     self.start(place);
@@ -463,9 +480,9 @@ impl<'a> Drive<'a> {
         let link_free = &mut self.link_free[from][to];
         *link_free = link_free.max(self.now) + bytes / link.bytes_per_second;
         let mut done = *link_free;
-        for end in [from, to] {
+        for (way, end) in [from, to].into_iter().enumerate() {
             if let Some(rate) = self.fleet.sites[end].access_bytes_per_second {
-                let access_free = &mut self.access_free[end];
+                let access_free = &mut self.access_free[way][end];
                 *access_free = access_free.max(self.now) + bytes / rate;
                 done = done.max(*access_free);
             }
@@ -528,28 +545,58 @@ impl<'a> Drive<'a> {
         );
     }
 
-    fn fetch_state(&mut self, place: usize, (round, state_hash): (Round, ContentHash), from: &[SiteId]) {
-        let process = self.process(place);
-        let rate = |holder: &usize| self.fleet.links[*holder][place].bytes_per_second;
-        let holders = from.iter().map(|site| site.0 as usize);
-        let there = holders.filter(|holder| *holder != place && self.nodes[*holder].member.is_some());
-        let bytes = STATE_BYTES * self.fleet.settings.schema.elements() as f64;
-        match there.max_by(|left, right| rate(left).total_cmp(&rate(right))) {
-            Some(holder) => {
-                let seconds = self.transfer(holder, place, bytes);
-                let holder = self.process(holder);
-                self.after(seconds, Happening::State(process, round, state_hash, holder));
-            }
-            None => self.after(RETRY_SECONDS, Happening::State(process, round, state_hash, process)),
+    fn fetch_state(&mut self, place: usize, state: (Round, ContentHash), from: &[SiteId]) {
+        let there = from.iter().map(|site| site.0 as usize).filter(|holder| *holder != place);
+        let there = there.filter(|holder| self.nodes[*holder].member.is_some());
+        let holders: Vec<Process> = there.map(|holder| self.process(holder)).collect();
+        let (process, node) = (self.process(place), &mut self.nodes[place]);
+        node.fetches += 1;
+        let number = node.fetches;
+        node.fetching =
+            Some(StateFetch { state, holders: holders.clone(), pieces_left: STATE_PIECES, pieces_coming: 0 });
+        if holders.is_empty() {
+            return self.after(RETRY_SECONDS, Happening::StateUnavailable(process));
+        }
+        for holder in holders.iter().cycle().take(holders.len() * STATE_PIECES_AT_ONCE) {
+            self.ask_for_piece(process, number, *holder);
         }
     }
 
-    fn state_came(&mut self, process: Process, (round, state_hash): (Round, ContentHash), holder: Process) {
-        let is_there = holder != process && self.running(holder).is_some();
-        let Some(node) = self.running(process) else { return };
-        if !is_there {
-            return self.tell(process, MemberEvent::StateUnavailable);
+    /// Asks a holder for a piece, if one is left.
+    fn ask_for_piece(&mut self, process: Process, number: u64, holder: Process) {
+        let Some(fetching) = &mut self.nodes[process.0].fetching else { return };
+        if fetching.pieces_left > 0 {
+            (fetching.pieces_left, fetching.pieces_coming) = (fetching.pieces_left - 1, fetching.pieces_coming + 1);
+            let bytes = STATE_BYTES * self.fleet.settings.schema.elements() as f64 / STATE_PIECES as f64;
+            let seconds = self.transfer(holder.0, process.0, bytes);
+            self.after(seconds, Happening::Piece(process, number, holder));
         }
+    }
+
+    fn piece_came(&mut self, process: Process, number: u64, holder: Process) {
+        let is_there = self.running(holder).is_some();
+        let Some(node) = self.running(process).filter(|node| node.fetches == number) else { return };
+        let Some(fetching) = &mut node.fetching else { return };
+        fetching.pieces_coming -= 1;
+        if !is_there {
+            // What it was sending comes from another one.
+            fetching.pieces_left += 1;
+            fetching.holders.retain(|other| *other != holder);
+        }
+        let sender = if is_there { Some(holder) } else { fetching.holders.first().copied() };
+        if let Some(sender) = sender.filter(|_| fetching.pieces_left > 0) {
+            return self.ask_for_piece(process, number, sender);
+        }
+        if fetching.pieces_coming == 0 {
+            let (is_whole, state) = (fetching.pieces_left == 0, fetching.state);
+            node.fetching = None;
+            self.state_came(process, is_whole.then_some(state));
+        }
+    }
+
+    fn state_came(&mut self, process: Process, state: Option<(Round, ContentHash)>) {
+        let Some((round, state_hash)) = state else { return self.tell(process, MemberEvent::StateUnavailable) };
+        let Some(node) = self.running(process) else { return };
         node.states += 1;
         (node.held, node.saved) = ((round, state_hash), (round, state_hash));
         self.tell(process, MemberEvent::StateHeld { round, state_hash });
@@ -576,27 +623,32 @@ impl<'a> Drive<'a> {
         let rates = self.fleet.rates;
         let process = self.process(place);
         match fault {
+            Fault::Failure if self.nodes[place].lose_replica(self.now) => {
+                self.after(rates.restart_seconds, Happening::Restarted(process));
+                self.after(rates.recovery_seconds.max(rates.restart_seconds), Happening::ReplicaBack(process));
+            }
             Fault::Failure => {
                 self.after(SITE_SILENCE_MAX.as_secs_f64(), Happening::LineLost(process));
                 self.end(place, Doing::Failed, rates.recovery_seconds);
             }
             Fault::Stop => self.leave(place, Doing::Stopped, rates.recovery_seconds),
             Fault::Leave => self.leave(place, Doing::Left, rates.away_seconds),
-            Fault::Slow if self.nodes[place].speed < 1.0 => return,
+            Fault::Slow if self.nodes[place].is_slow() => return,
             Fault::Slow => {
                 let (least, most) = rates.spell_seconds;
                 let part = self.random.get_mut(&(place, fault)).map_or(0.5, Random::next_unit);
                 let seconds = least * libm::exp(part * libm::log(most / least));
-                self.set_speed(place, 1.0 / rates.slow_factor);
+                self.change(place, |node, now| node.set_slow(1.0 / rates.slow_factor, now));
                 self.after(seconds, Happening::SpellEnds(place));
             }
         }
         *self.outcome.faults.entry(fault).or_default() += 1;
     }
 
-    fn set_speed(&mut self, place: usize, speed: f64) {
+    /// The pace of a site changes.
+    fn change(&mut self, place: usize, change: impl FnOnce(&mut Node, f64) -> Option<Next>) {
         let (now, process) = (self.now, self.process(place));
-        if let Some(Next::Trains { until, number }) = self.nodes[place].set_speed(speed, now) {
+        if let Some(Next::Trains { until, number }) = change(&mut self.nodes[place], now) {
             self.after(until - now, Happening::Trained(process, number));
         }
     }

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! What it is not: a model of a network (links are queues, one transfer after the other), of a failing coordinator, or of repairs (spare
-//! nodes are at hand, so a site comes back whole).
+//! nodes are at hand, so that what failed is back after the recovery).
 //!
 //! [`Crowd`] is another matter: the coordinator alone, with as many sites as one likes, so that its decisions can be timed.
 
@@ -38,6 +38,8 @@ pub struct FleetSite {
     pub name: String,
     /// Its devices: how often one of them fails.
     pub devices: f64,
+    /// Its data-parallel replicas, each of which can fail alone; 1 where a device that fails stops all of the site ([`Rates`]).
+    pub replicas: f64,
     /// Its speed in an inner step, tokens a second.
     pub tokens_per_second: f64,
     /// What all its transfers share, bytes a second each way; none where only its links bound them.

@@ -3,7 +3,7 @@
 //! The engine does its work in order, as the member's commands come: inner steps at the site's speed, then a snapshot. The host encodes and
 //! merges, one thing after the other. A process that ends loses all of it but the checkpoint.
 
-use super::clock::{Clock, Doing};
+use super::clock::{Clock, Doing, Lost, Pace};
 use base::random::mix64;
 use base::{ContentHash, Round, SiteId, Term};
 use rounds::{Commit, Contribution, Member, RoundPlan};
@@ -26,6 +26,17 @@ struct Training {
     tokens_left: f64,
     since: f64,
     is_validation: bool,
+}
+
+/// A state that is being fetched, piece by piece from all its holders.
+#[derive(Debug, Clone)]
+pub(super) struct StateFetch {
+    pub(super) state: (Round, ContentHash),
+    /// Place and process of each holder.
+    pub(super) holders: Vec<(usize, u64)>,
+    /// Pieces that nobody was asked for yet, and those that were.
+    pub(super) pieces_left: u64,
+    pub(super) pieces_coming: u64,
 }
 
 /// What the engine has come to.
@@ -58,8 +69,16 @@ pub(super) struct Node {
     /// Snapshots before that many abandonings are void, and merges before that many states fetched.
     pub(super) abandoned: u64,
     pub(super) states: u64,
-    /// Part of its full speed that it has.
-    pub(super) speed: f64,
+    /// The state that is being fetched, and how many were before it.
+    pub(super) fetching: Option<StateFetch>,
+    pub(super) fetches: u64,
+    /// Replicas, how many of them are missing, and what the others have of their speed.
+    replicas: f64,
+    missing: f64,
+    slow: f64,
+    /// Restarts that it is in the midst of, and what it did before.
+    restarts: u32,
+    interrupted: Doing,
     full_tokens_per_second: f64,
     engine: VecDeque<Work>,
     training: Option<Training>,
@@ -69,7 +88,7 @@ pub(super) struct Node {
 }
 
 impl Node {
-    pub(super) fn new(site: SiteId, tokens_per_second: f64, initial: ContentHash) -> Self {
+    pub(super) fn new(site: SiteId, (replicas, tokens_per_second): (f64, f64), initial: ContentHash) -> Self {
         let state = (Round(0), initial);
         Self {
             site,
@@ -82,7 +101,13 @@ impl Node {
             clock: Clock::new(),
             abandoned: 0,
             states: 0,
-            speed: 1.0,
+            fetching: None,
+            fetches: 0,
+            replicas,
+            missing: 0.0,
+            slow: 1.0,
+            restarts: 0,
+            interrupted: Doing::Joining,
             full_tokens_per_second: tokens_per_second,
             engine: VecDeque::new(),
             training: None,
@@ -92,18 +117,33 @@ impl Node {
         }
     }
 
+    pub(super) fn pace(&self) -> Pace {
+        Pace { there: 1.0 - self.missing / self.replicas, slow: self.slow }
+    }
+
+    fn turn(&mut self, doing: Doing, now: f64) {
+        self.clock.turn(doing, self.pace(), now);
+    }
+
+    /// Its time up to now, in tokens.
+    pub(super) fn tokens(&mut self, now: f64) -> (f64, Lost) {
+        self.turn(self.clock.doing(), now);
+        self.clock.tokens(self.full_tokens_per_second)
+    }
+
     /// A process starts on the checkpoint.
     pub(super) fn start(&mut self, now: f64) {
-        self.clock.turn(Doing::Joining, self.speed, now);
+        self.turn(Doing::Joining, now);
         self.held = self.saved;
-        let tokens_per_second = self.full_tokens_per_second * self.speed;
+        let tokens_per_second = self.full_tokens_per_second * self.pace().speed();
         let member = Member::new(self.site, self.held.0, self.held.1, tokens_per_second);
         self.member = Some(member.after_term(self.term));
     }
 
-    /// The process ends, for that reason.
+    /// The process ends, for that reason. The next one has all replicas.
     pub(super) fn end(&mut self, doing: Doing, now: f64) {
-        self.clock.turn(doing, self.speed, now);
+        self.turn(doing, now);
+        (self.missing, self.restarts, self.fetching) = (0.0, 0, None);
         self.member = None;
         self.process += 1;
         self.abandon();
@@ -124,16 +164,16 @@ impl Node {
 
     /// The engine goes on, unless it is in the midst of something.
     pub(super) fn go_on(&mut self, now: f64) -> Option<Next> {
-        if self.training.is_some() {
+        if self.training.is_some() || self.restarts > 0 {
             return None;
         }
         Some(match self.engine.pop_front() {
             Some(Work::Train(tokens_left)) => {
-                self.clock.turn(Doing::Training, self.speed, now);
+                self.turn(Doing::Training, now);
                 self.train(Training { tokens_left, since: now, is_validation: false })
             }
             Some(Work::Evaluate(tokens_left)) => {
-                self.clock.turn(Doing::Waiting, self.speed, now);
+                self.turn(Doing::Waiting, now);
                 self.train(Training { tokens_left, since: now, is_validation: true })
             }
             Some(Work::Snapshot(plan)) => {
@@ -141,7 +181,7 @@ impl Node {
             }
             None => {
                 if self.clock.doing() == Doing::Training {
-                    self.clock.turn(Doing::Waiting, self.speed, now);
+                    self.turn(Doing::Waiting, now);
                 }
                 Next::Idle
             }
@@ -151,7 +191,7 @@ impl Node {
     fn train(&mut self, training: Training) -> Next {
         self.training = Some(training);
         self.trainings += 1;
-        let seconds = training.tokens_left / (self.full_tokens_per_second * self.speed);
+        let seconds = training.tokens_left / (self.full_tokens_per_second * self.pace().speed());
         Next::Trains { until: training.since + seconds, number: self.trainings }
     }
 
@@ -166,16 +206,69 @@ impl Node {
         true
     }
 
-    /// Its speed changes.
-    pub(super) fn set_speed(&mut self, speed: f64, now: f64) -> Option<Next> {
-        let doing = self.clock.doing();
-        self.clock.turn(doing, self.speed, now);
-        let before = std::mem::replace(&mut self.speed, speed);
-        let training = self.training.take()?;
-        let seconds = now - training.since;
-        self.compute_seconds += if training.is_validation { 0.0 } else { seconds };
-        let tokens_left = (training.tokens_left - seconds * self.full_tokens_per_second * before).max(0.0);
-        Some(self.train(Training { tokens_left, since: now, ..training }))
+    pub(super) fn is_slow(&self) -> bool {
+        self.slow < 1.0
+    }
+
+    /// What its replicas have of their speed changes.
+    pub(super) fn set_slow(&mut self, slow: f64, now: f64) -> Option<Next> {
+        self.settle(now);
+        self.slow = slow;
+        self.train_on(now)
+    }
+
+    /// A replica fails while others are there: they stop to restart. False where it was the last one.
+    pub(super) fn lose_replica(&mut self, now: f64) -> bool {
+        if self.missing + 1.0 >= self.replicas {
+            return false;
+        }
+        self.settle(now);
+        if self.restarts == 0 {
+            self.interrupted = self.clock.doing();
+            self.turn(Doing::Failed, now);
+        }
+        (self.missing, self.restarts) = (self.missing + 1.0, self.restarts + 1);
+        true
+    }
+
+    /// A restart is over.
+    pub(super) fn restarted(&mut self, now: f64) -> Option<Next> {
+        self.restarts -= 1;
+        if self.restarts > 0 {
+            return None;
+        }
+        self.turn(self.interrupted, now);
+        if let Some(training) = &mut self.training {
+            training.since = now;
+        }
+        self.train_on(now)
+    }
+
+    /// A replica is back.
+    pub(super) fn replica_back(&mut self, now: f64) -> Option<Next> {
+        self.settle(now);
+        self.missing -= 1.0;
+        self.train_on(now)
+    }
+
+    /// Counts what it has trained up to now at the pace until now; an end of it that is expected does not count any more.
+    fn settle(&mut self, now: f64) {
+        if self.restarts > 0 {
+            return;
+        }
+        self.turn(self.clock.doing(), now);
+        let tokens_per_second = self.full_tokens_per_second * self.pace().speed();
+        if let Some(Training { tokens_left, since, is_validation }) = &mut self.training {
+            self.compute_seconds += if *is_validation { 0.0 } else { now - *since };
+            *tokens_left = (*tokens_left - (now - *since) * tokens_per_second).max(0.0);
+            *since = now;
+            self.trainings += 1;
+        }
+    }
+
+    fn train_on(&mut self, now: f64) -> Option<Next> {
+        let training = self.training.filter(|_| self.restarts == 0)?;
+        Some(self.train(Training { since: now, ..training }))
     }
 
     /// The host does something that takes so long, after all that it has to do before; when it is done.

@@ -7,12 +7,18 @@
 //! | planned stops | 47 in the same 54 days | arXiv 2407.21783, section 3.3.4 |
 //! | recovery | "less than 10 minutes" to detect and diagnose, spare nodes at hand | MegaScale, arXiv 2402.15627, section 6.3 |
 //! | | for comparison: 466 stops that cost under 10 % of 54 days cost under 17 minutes each | arXiv 2407.21783 |
+//! | restart of a site without the failed replica | 150 s for 4,800 devices, nearly the same for other numbers, one step lost | FlashRecovery, arXiv 2509.03047 |
+//! | | for comparison: around 20 s at 1,024 GPUs | TrainMover, arXiv 2412.12636 |
 //! | slow spells | 1.34 times the time; from under a minute to nearly ten hours | arXiv 2410.12588 |
 //! | how often a spell | **assumed**: once a week a site | |
 //! | sites leaving | **assumed**: once in 30 days a site, for four hours | |
 //!
-//! What a fault is: one device that fails stops its whole site, because a step needs all devices. The site loses what no merge holds yet,
-//! comes back after the recovery with the checkpoint on its disk, and catches up by the protocol.
+//! What a failure is depends on the site ([`super::FleetSite::replicas`]):
+//! - *one failure domain* (1 replica): the device stops its whole site, because a step needs all devices. The site loses what no merge holds
+//!   yet, comes back after the recovery with the checkpoint on its disk, and catches up by the protocol. It is what Beringia's own process does;
+//! - *data-parallel replicas*: all stop for the restart, lose the step they were in, and go on without the replica of the failed device, which is
+//!   back after the recovery; the last one that fails stops the site as above. The site's own training stack must be able to do that: its
+//!   other replicas hold all of the state, and the replica that comes back is made ready beside the training.
 
 /// Hours of Llama 3's 54 days times its devices.
 const LLAMA_DEVICE_HOURS: f64 = 54.0 * 24.0 * 16_384.0;
@@ -23,6 +29,9 @@ const LLAMA_STOPS: f64 = 47.0;
 
 /// MegaScale's bound for detection and diagnosis, seconds.
 const RECOVERY_SECONDS: f64 = 600.0;
+
+/// FlashRecovery's time from a failure until the others train.
+const RESTART_SECONDS: f64 = 150.0;
 
 /// Factor on the time of a step in a slow spell, and between which lengths spells are drawn, seconds, evenly in their logarithm.
 const SLOW_FACTOR: f64 = 1.34;
@@ -45,8 +54,10 @@ pub struct Rates {
     pub failures_per_device_hour: f64,
     /// Planned stops for each device in an hour.
     pub stops_per_device_hour: f64,
-    /// From a failure or stop until the site's process runs again, seconds.
+    /// From a failure or stop until the site's process runs again, or the failed replica is back, seconds.
     pub recovery_seconds: f64,
+    /// From a failure until the other replicas of the site train again, seconds.
+    pub restart_seconds: f64,
     /// Slow spells of a site in a second.
     pub spells_per_second: f64,
     /// Factor on the time of a step in one.
@@ -66,6 +77,7 @@ impl Rates {
             failures_per_device_hour: LLAMA_FAILURES / LLAMA_DEVICE_HOURS,
             stops_per_device_hour: LLAMA_STOPS / LLAMA_DEVICE_HOURS,
             recovery_seconds: RECOVERY_SECONDS,
+            restart_seconds: RESTART_SECONDS,
             spells_per_second: SLOW_SPELLS_PER_WEEK / WEEK,
             slow_factor: SLOW_FACTOR,
             spell_seconds: SLOW_SECONDS,
@@ -99,7 +111,7 @@ impl Rates {
 /// What befalls a site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
-    /// A device fails: the process ends without a word.
+    /// A device fails: the process ends without a word, or the site goes on without a replica.
     Failure,
     /// Planned: the process saves and leaves.
     Stop,

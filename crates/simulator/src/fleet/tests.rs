@@ -37,6 +37,7 @@ fn fleet(sites: usize, rates: Rates) -> Fleet {
     let site = |place| FleetSite {
         name: format!("s{place}"),
         devices: 4_096.0,
+        replicas: 1.0,
         tokens_per_second: speed,
         access_bytes_per_second: None,
     };
@@ -92,6 +93,53 @@ fn failures_stop_one_site_and_the_others_go_on() {
     assert!((down / expected - 1.0).abs() < 0.05, "{down} of {expected}");
     let goodput = outcome.tokens_committed / outcome.tokens_capacity;
     assert!(goodput > 0.7 && goodput < 1.0 - down, "{goodput}: {outcome:?}");
+}
+
+#[test]
+fn a_site_of_replicas_goes_on_without_the_one_that_failed() {
+    let often = Rates { failures_per_device_hour: 1.0 / 4_096.0, ..Rates::none() };
+    let with = |replicas| {
+        let mut all = fleet(4, often);
+        all.settings.sync.deadline_seconds = 600.0;
+        all.sites.iter_mut().for_each(|site| site.replicas = replicas);
+        simulate(&all, 7).unwrap()
+    };
+    let (whole, parts) = (with(1.0), with(32.0));
+    adds_up(&parts);
+    // Nobody leaves: all wait for who restarts.
+    assert!(parts.left.is_empty() && parts.lost.joining < 0.01 * parts.tokens_capacity, "{parts:?}");
+    assert!(parts.tokens_committed > whole.tokens_committed, "{parts:?}, {whole:?}");
+    // 150 s for each failure, but for restarts that overlap, and what 1 of 32 replicas trains in the rest of its 600 s.
+    let failures = parts.faults[&Fault::Failure] as f64;
+    let seconds = parts.lost.failures / parts.tokens_capacity * 4.0 * HOURS * 3_600.0 / failures;
+    assert!((140.0..=150.0 + 450.0 / 32.0).contains(&seconds), "{seconds}: {parts:?}");
+}
+
+#[test]
+fn the_last_replica_that_fails_stops_the_site() {
+    // Two a minute of each site, whose replicas are away for ten.
+    let often = Rates { failures_per_device_hour: 120.0 / 4_096.0, ..Rates::none() };
+    let mut two = fleet(3, often);
+    two.sites.iter_mut().for_each(|site| site.replicas = 4.0);
+    let outcome = simulate(&two, 3).unwrap();
+    adds_up(&outcome);
+    assert!(outcome.left.contains_key("connection lost"), "{outcome:?}");
+}
+
+#[test]
+fn a_state_comes_from_all_its_holders_at_once() {
+    // 8 GB at 25 MB/s: 320 s from one site, 80 s from four. Deltas take 4 of a round's 20 s.
+    let joining = |sites| {
+        let rates = Rates { leavings_per_second: 1.0 / 14_400.0, away_seconds: 3_600.0, ..Rates::none() };
+        let mut thin = fleet(sites, rates);
+        thin.links = vec![vec![FleetLink { bytes_per_second: 25e6, round_trip_seconds: 0.02 }; sites]; sites];
+        let outcome = simulate(&thin, 5).unwrap();
+        adds_up(&outcome);
+        let seconds = outcome.lost.joining / outcome.tokens_capacity * sites as f64 * HOURS * 3_600.0;
+        seconds / outcome.faults[&Fault::Leave] as f64
+    };
+    let (one, four) = (joining(2), joining(5));
+    assert!(one > 320.0 && four > 80.0 && four < 0.5 * one, "{one} s and {four} s");
 }
 
 #[test]

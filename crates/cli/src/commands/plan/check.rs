@@ -168,6 +168,7 @@ fn predict(config: &RunConfig, measured: &Measured, way: &Way<'_>) -> Result<Pre
     let site = |known: &Known| FleetSite {
         name: known.name.clone(),
         devices: 1.0,
+        replicas: 1.0,
         tokens_per_second: known.tokens_per_second,
         access_bytes_per_second: None,
     };

@@ -131,8 +131,10 @@ enum Kind {
 enum Meeting {
     /// Every delta to every site
     Mesh,
-    /// Each site merges a slice
+    /// Each site merges a slice, and gives the merge in f32
     Sharded,
+    /// Others' rings, whose sums travel as their summands do
+    Ring,
     /// Each site uploads once; fetching is not counted
     Storage,
 }
@@ -317,7 +319,8 @@ fn given(args: &Args) -> Given {
         density: args.density,
         exchange: args.exchange.map(|meeting| match meeting {
             Meeting::Mesh => Exchange::Mesh,
-            Meeting::Sharded => Exchange::Ring,
+            Meeting::Sharded => Exchange::Sharded,
+            Meeting::Ring => Exchange::Ring,
             Meeting::Storage => Exchange::UploadBound,
         }),
         coding: args.coding_gb_s.map(BytesPerSecond::from_gigabytes),

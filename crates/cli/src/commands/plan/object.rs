@@ -36,7 +36,8 @@ fn plan(plan: &Plan) -> Value {
         "bits": plan.way.bits,
         "exchange": match plan.way.exchange {
             Exchange::Mesh => "mesh",
-            Exchange::Ring => "sharded",
+            Exchange::Sharded => "sharded",
+            Exchange::Ring => "ring",
             Exchange::UploadBound => "storage",
         },
         "step_seconds": plan.step.0,

@@ -1,7 +1,7 @@
 //! `beringia simulate --plan`: a month of the sites that `beringia plan` chooses, with failures at published rates.
 //!
 //! The plan says how fast each site is, what travels and how fast; `simulator::fleet` lets the coordinator and the members decide. What is
-//! committed is laid beside what the same sites commit when nothing breaks.
+//! committed is laid beside what the same sites commit when nothing breaks: one day of it, for the other days are like it.
 
 use crate::commands::plan::{BATCH_MAX, SEQUENCE_MAX, cluster, work};
 use crate::commands::predict::catalogue;
@@ -11,7 +11,7 @@ use crate::output::Output;
 use base::ParameterSchema;
 use base::config::{CheckpointSection, Codec, Exchange, Strategy, SyncSection};
 use planner::search::between::{self, Way};
-use planner::search::{Links, Plan, SiteSpec, Task, Wish, plans};
+use planner::search::{Links, Plan, SitePlan, SiteSpec, Task, Wish, plans};
 use planner::wan;
 use rounds::Settings;
 use serde::Serialize;
@@ -26,8 +26,24 @@ const STEPS_TOTAL: u64 = 1 << 40;
 /// Seconds of a day.
 const DAY: f64 = 86_400.0;
 
+/// Restarts of a site that a round waits for: one may follow another.
+const RESTARTS_AWAITED: f64 = 2.0;
+
+/// Times what an exchange is expected to take that a round waits for it: the coordinator itself expects only the inner steps to take long.
+const TRANSFERS_AWAITED: f64 = 3.0;
+
 /// Bytes a second of a link that no link of the plan bounds: a site and itself.
 const UNBOUNDED: f64 = 1e15;
+
+/// What a failed device stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+enum OnFailure {
+    /// Its data-parallel replica, and the others for as long as a restart takes.
+    Replica,
+    /// The whole site, whose process starts again from its checkpoint.
+    Site,
+}
 
 // What `--plan` goes with; a doc comment would take the command's own place in its help.
 #[derive(Debug, clap::Args)]
@@ -56,9 +72,15 @@ pub(super) struct FleetArgs {
     /// Hours of one device between two failures; 50,673 unless given (Llama 3).
     #[arg(long, value_name = "HOURS", requires = "plan")]
     device_hours: Option<f64>,
-    /// Minutes from a failure until the site's process runs again; 10 unless given (MegaScale).
+    /// What a failed device stops; a replica of the model unless given, as the site's layout has them.
+    #[arg(long, value_name = "WHAT", value_enum, requires = "plan")]
+    on_failure: Option<OnFailure>,
+    /// Minutes from a failure until the replica, or the site's process, runs again; 10 unless given (MegaScale).
     #[arg(long, value_name = "MINUTES", requires = "plan")]
     recovery_minutes: Option<f64>,
+    /// Seconds from a failure until the other replicas train again; 150 unless given (FlashRecovery).
+    #[arg(long, value_name = "SECONDS", requires = "plan")]
+    restart_seconds: Option<f64>,
     /// Days between two leavings of a site, for four hours each; 30 unless given (assumed).
     #[arg(long, value_name = "DAYS", requires = "plan")]
     leave_days: Option<f64>,
@@ -78,6 +100,7 @@ struct Report {
     quorum: f64,
     days: f64,
     rates: RatesReport,
+    tokens_planned: f64,
     tokens_committed: f64,
     tokens_without_failures: f64,
     goodput: f64,
@@ -98,6 +121,7 @@ struct Report {
 struct SiteReport {
     name: String,
     devices: f64,
+    replicas: f64,
     tokens_per_second: f64,
 }
 
@@ -105,6 +129,8 @@ struct SiteReport {
 struct RatesReport {
     device_hours_between_failures: f64,
     device_hours_between_planned_stops: f64,
+    on_failure: OnFailure,
+    restart_seconds: f64,
     recovery_seconds: f64,
     site_days_between_slow_spells: f64,
     slow_factor: f64,
@@ -145,11 +171,15 @@ pub(super) fn run(path: &Path, args: &FleetArgs, seed: u64, output: &Output) -> 
     let (sites, links) = (cluster.specs(&catalogue)?, cluster.network()?);
     let best = plans(&task, &sites, &links, &Wish { count: 1, ..Wish::default() })?;
     let Some(plan) = best.first() else { return Err(Failure::new("there is no plan", "see `beringia plan`")) };
-    let fleet = fleet(plan, &task, (&sites[..], &links), quorum, rates, days * DAY);
+    let on_failure = args.on_failure.unwrap_or(OnFailure::Replica);
+    let fleet = fleet(plan, &task, (&sites[..], &links), (quorum, on_failure), rates, days * DAY);
     let began = Instant::now();
     let with = simulate(&fleet, seed)?;
-    let without = simulate(&Fleet { rates: Rates::none(), ..fleet.clone() }, seed)?;
-    let report = report((model, seed, began.elapsed().as_secs_f64()), plan, &fleet, &with, &without);
+    let calm_seconds = fleet.seconds.min(DAY);
+    let mut without = simulate(&Fleet { rates: Rates::none(), seconds: calm_seconds, ..fleet.clone() }, seed)?;
+    without.tokens_committed *= fleet.seconds / calm_seconds;
+    without.rounds = (without.rounds as f64 * fleet.seconds / calm_seconds) as u64;
+    let report = report((model, seed, began.elapsed().as_secs_f64()), (plan, on_failure), &fleet, &with, &without);
     output.object(&report);
     output.text(&text(&report));
     Ok(())
@@ -173,6 +203,9 @@ fn rates(args: &FleetArgs) -> Result<Rates, Failure> {
     if let Some(minutes) = args.recovery_minutes {
         rates.recovery_seconds = 60.0 * positive("--recovery-minutes", minutes, 1e5)?;
     }
+    if let Some(seconds) = args.restart_seconds {
+        rates.restart_seconds = positive("--restart-seconds", seconds, 1e6)?;
+    }
     if let Some(days) = args.leave_days {
         rates.leavings_per_second = 1.0 / (DAY * positive("--leave-days", days, 1e9)?);
     }
@@ -187,7 +220,7 @@ fn fleet(
     plan: &Plan,
     task: &Task,
     (specs, links): (&[SiteSpec<'_>], &Links),
-    quorum: f64,
+    (quorum, on_failure): (f64, OnFailure),
     rates: Rates,
     seconds: f64,
 ) -> Fleet {
@@ -199,6 +232,7 @@ fn fleet(
     let sites = plan.sites.iter().zip(&places).map(|(site, place)| FleetSite {
         name: site.name.clone(),
         devices: site.devices.iter().map(|(_, number)| number).sum(),
+        replicas: replicas(site, on_failure),
         tokens_per_second: site.tokens_per_second,
         access_bytes_per_second: access(place),
     });
@@ -213,7 +247,7 @@ fn fleet(
     Fleet {
         sites: sites.collect(),
         links: places.iter().map(row).collect(),
-        settings: settings(plan, task, quorum),
+        settings: settings(plan, task, quorum, &rates),
         coding_bytes_per_second: plan.way.coding().0,
         checkpoint_rounds: CheckpointSection::default().every_rounds,
         validation: None,
@@ -222,8 +256,17 @@ fn fleet(
     }
 }
 
-/// What `run.toml` would say.
-fn settings(plan: &Plan, task: &Task, quorum: f64) -> Settings {
+fn replicas(site: &SitePlan, on_failure: OnFailure) -> f64 {
+    match on_failure {
+        OnFailure::Replica => site.layout.dp,
+        OnFailure::Site => 1.0,
+    }
+}
+
+/// What `run.toml` would say. Its deadline leaves time for restarts and for what the plan expects of links: who waits for either is not to be
+/// dropped.
+fn settings(plan: &Plan, task: &Task, quorum: f64, rates: &Rates) -> Settings {
+    let defaults = SyncSection::default();
     let Way { strategy, inner_steps, fragments, overlap_steps, bits, exchange } = plan.way;
     let sync = SyncSection {
         strategy: match strategy {
@@ -241,13 +284,16 @@ fn settings(plan: &Plan, task: &Task, quorum: f64) -> Settings {
             _ => Codec::Mxfp4,
         },
         exchange: match exchange {
-            wan::Exchange::Ring => Exchange::Sharded,
-            wan::Exchange::Mesh | wan::Exchange::UploadBound => Exchange::Mesh,
+            wan::Exchange::Sharded => Exchange::Sharded,
+            wan::Exchange::Mesh | wan::Exchange::Ring | wan::Exchange::UploadBound => Exchange::Mesh,
         },
         sites: plan.sites.len() as u32,
         quorum,
+        deadline_seconds: defaults.deadline_seconds
+            + RESTARTS_AWAITED * rates.restart_seconds
+            + TRANSFERS_AWAITED * plan.round.transfer.0 / f64::from(fragments),
         recompute_share: 0.0,
-        ..SyncSection::default()
+        ..defaults
     };
     // Fragments of equal size, as the plan takes them: only sizes travel here.
     let elements = (task.shape.parameters() / f64::from(fragments)) as usize;
@@ -266,7 +312,7 @@ fn settings(plan: &Plan, task: &Task, quorum: f64) -> Settings {
 
 fn report(
     (model, seed, seconds): (&str, u64, f64),
-    plan: &Plan,
+    (plan, on_failure): (&Plan, OnFailure),
     fleet: &Fleet,
     with: &FleetOutcome,
     without: &FleetOutcome,
@@ -274,6 +320,7 @@ fn report(
     let site = |site: &FleetSite| SiteReport {
         name: site.name.clone(),
         devices: site.devices,
+        replicas: site.replicas,
         tokens_per_second: site.tokens_per_second,
     };
     let faults = |fault: Fault| with.faults.get(&fault).copied().unwrap_or(0);
@@ -291,12 +338,15 @@ fn report(
         rates: RatesReport {
             device_hours_between_failures: 1.0 / rates.failures_per_device_hour,
             device_hours_between_planned_stops: 1.0 / rates.stops_per_device_hour,
+            on_failure,
+            restart_seconds: rates.restart_seconds,
             recovery_seconds: rates.recovery_seconds,
             site_days_between_slow_spells: 1.0 / rates.spells_per_second / DAY,
             slow_factor: rates.slow_factor,
             site_days_between_leavings: 1.0 / rates.leavings_per_second / DAY,
             away_seconds: rates.away_seconds,
         },
+        tokens_planned: plan.tokens_per_second * fleet.seconds,
         tokens_committed: with.tokens_committed,
         tokens_without_failures: without.tokens_committed,
         goodput: with.tokens_committed / without.tokens_committed,
@@ -342,23 +392,31 @@ fn text(report: &Report) -> String {
         report.days
     );
     let rates = &report.rates;
+    let after = match rates.on_failure {
+        OnFailure::Replica => {
+            let (restart, minutes) = (rates.restart_seconds, rates.recovery_seconds / 60.0);
+            format!("a site restarts in {restart:.0} s, and has its replica back after {minutes:.0} minutes")
+        }
+        OnFailure::Site => format!("{:.0} minutes until the site is back", rates.recovery_seconds / 60.0),
+    };
     let _ = writeln!(
         text,
-        "rates   a failure in {} device hours, a planned stop in {}, {:.0} minutes until a site is back; a slow spell in {:.0} days of a site, a leaving in {:.0}",
+        "rates   a failure in {} device hours, a planned stop in {}: {after}; a slow spell in {:.0} days of a site, a leaving in {:.0}",
         whole(rates.device_hours_between_failures),
         whole(rates.device_hours_between_planned_stops),
-        rates.recovery_seconds / 60.0,
         rates.site_days_between_slow_spells,
         rates.site_days_between_leavings
     );
     let _ = writeln!(
         text,
-        "goodput {:.2} % of the tokens without failures: {:.4e} of {:.4e} in {} of {} rounds",
+        "goodput {:.2} % of the tokens without failures: {:.4e} of {:.4e} in {} of {} rounds ({:.1} % of the plan's {:.4e})",
         100.0 * report.goodput,
         report.tokens_committed,
         report.tokens_without_failures,
         count(report.rounds),
-        count(report.rounds_without_failures)
+        count(report.rounds_without_failures),
+        100.0 * report.tokens_without_failures / report.tokens_planned,
+        report.tokens_planned
     );
     let faults = &report.faults;
     let _ = writeln!(
