@@ -38,7 +38,8 @@ const HEAD_ALIGNMENT: f64 = 8.0;
 /// product of the other pass (both operands of an FP8 product lie along the summed dimension).
 const CAST_BYTES: f64 = 6.0;
 
-/// Memory traffic of a value that goes to an expert and back, each way: read, written in the order of experts, and the sum over experts (2 bytes each, read and written).
+/// Memory traffic of a value that goes to an expert and back: read and written in the order of experts, received, and summed over experts
+/// again, 4 bytes each.
 const PERMUTE_BYTES: f64 = 12.0;
 
 /// Device time of one layer for one micro-batch.

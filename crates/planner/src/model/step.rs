@@ -173,8 +173,8 @@ impl Site<'_> {
         let layer = stage_parameters(self.shape, self.layout, 1.0, false);
         let bytes = Bytes(layer * self.value_bytes);
         let mut group = self.data_group();
-        if self.layout.stack == Stack::Classic {
-            // ZeRO-3 of 2021 gathers each parameter in one flat ring over all ranks: a node's boundary is crossed by one adapter.
+        if self.layout.stack == Stack::Classic && group.spans_nodes() {
+            // DeepSpeed of 2021 gathers and scatters in one flat ring over all ranks: a node's boundary is crossed by one adapter.
             group.per_node = 1.0;
         }
         // Gathered once where only gradients are sharded, else for the backward pass as well; gradients are scattered once.
@@ -346,6 +346,19 @@ mod tests {
         assert_eq!(extra(layout()), 0.0);
         assert_eq!(extra(Layout { stack: Stack::Modern, ..staged }), 0.0);
         assert_eq!(extra(Layout { launch_blocking: true, ..staged }), 0.0);
+    }
+
+    #[test]
+    fn old_sharding_crosses_nodes_through_one_adapter_each() {
+        let catalogue = Catalogue::built_in();
+        let device = catalogue.find("A100").unwrap();
+        let moved = |dp: f64, stack: Stack| {
+            let case = case(device, Layout { dp, global_batch: dp, zero: 3, stack, ..layout() });
+            let sites = sites(&case, &FITTED).unwrap();
+            sites[0].sharded_data(Seconds::ZERO, 2.0).0
+        };
+        assert_eq!(moved(8.0, Stack::Classic), moved(8.0, Stack::Modern));
+        assert!(moved(64.0, Stack::Classic) > 3.0 * moved(64.0, Stack::Modern));
     }
 
     #[test]

@@ -468,7 +468,7 @@ pub fn default_interleave(layers: f64, pp: f64, stack: Stack) -> f64 {
 
 /// What software of this kind hides: nothing in 2020 to 2022, but for the gathers of fully sharded parameters; later the gradients as well. FP8 is the
 /// mark of stacks (Transformer Engine, NeMo, torch.compile) that also overlap tensor-parallel collectives with the products they feed.
-pub(crate) fn default_overlap(stack: Stack, precision: Precision, zero: u8) -> Overlap {
+pub fn default_overlap(stack: Stack, precision: Precision, zero: u8) -> Overlap {
     match (stack, precision) {
         (Stack::Classic, _) if zero < 3 => Overlap::None,
         (Stack::Modern, Precision::Fp8) => Overlap::Full,
