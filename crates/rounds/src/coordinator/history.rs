@@ -17,9 +17,6 @@ use std::collections::VecDeque;
 /// 45 days of rounds of a minute: 26 MB.
 pub(super) const LANDMARKS_MAX: usize = 65_536;
 
-/// Commits that are kept whole at least: more sites may leave, and then others keep deltas for longer.
-const WHOLE_MIN: usize = 8;
-
 /// Commits in their order.
 #[derive(Debug, Clone)]
 pub(super) struct History {
@@ -63,7 +60,7 @@ impl History {
     /// Adds a commit, and keeps `whole` of them whole: who holds an older state cannot follow any more.
     pub(super) fn push(&mut self, committed: Committed, whole: usize) {
         self.commits.push_back(committed);
-        while self.landmarks + whole.max(WHOLE_MIN) < self.commits.len() {
+        while self.landmarks + whole < self.commits.len() {
             let Committed { commit, ledger, .. } = &mut self.commits[self.landmarks];
             (commit.contributors, commit.parts) = (Vec::new(), Vec::new());
             ledger.settle();

@@ -143,7 +143,7 @@ impl Coordinator {
             match record {
                 Record::TermStarted { term: started } => term = term.max(started),
                 // In a new term nobody follows from an older state than the last.
-                Record::Committed(committed) => history.push(*committed, 0),
+                Record::Committed(committed) => history.push(*committed, 1),
                 Record::StateHash { round, state_hash } => history.settle(round, state_hash),
                 // Ignored where somebody has turned it off since.
                 Record::SettingsChanged { round, choice, .. } if settings.sync.adaptive => {
@@ -596,7 +596,9 @@ impl Coordinator {
         let commit = Commit { term: self.term, round, fragment, contributors, cursor, step, samples, parts };
         let committed = Committed { commit: commit.clone(), ledger: self.ledger.clone(), state_hash: None };
         commands.push(Command::Persist(Record::Committed(Box::new(committed.clone()))));
-        self.history.push(committed, self.rounds_kept() as usize);
+        // The fewer sites there are the longer they keep what was fetched: no more rounds than where there is one.
+        let kept = self.settings.rounds_kept(fragment, 1);
+        self.history.push(committed, kept as usize);
         self.polls.open(round, self.sites.current());
         self.ask_witnesses(&open.plan, commands);
         let commit = Arc::new(commit);

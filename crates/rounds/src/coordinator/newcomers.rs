@@ -127,11 +127,11 @@ impl Coordinator {
             commands.push(Command::Note(Note::RolledBack { from, to }));
         }
         self.polls.clear();
-        if self.last().state_hash.is_none() {
-            if let Some((round, state_hash)) = held.into_iter().find(|(round, _)| *round == to) {
-                self.history.settle(round, state_hash);
-                commands.push(Command::Persist(Record::StateHash { round, state_hash }));
-            }
+        if self.last().state_hash.is_none()
+            && let Some((round, state_hash)) = held.into_iter().find(|(round, _)| *round == to)
+        {
+            self.history.settle(round, state_hash);
+            commands.push(Command::Persist(Record::StateHash { round, state_hash }));
         }
         // Nobody can be asked any more what an older one was.
         self.history.retain(|committed| committed.state_hash.is_some());
