@@ -102,8 +102,13 @@ fn way(planned: &Planned, plan: &Plan) -> String {
 fn described(planned: &Planned, way: &Way) -> String {
     let density = planned.wish.given.density;
     let sparse = if density < 1.0 { format!(" of {:.3} % of the values", 100.0 * density) } else { String::new() };
-    let stored = if way.exchange == Exchange::UploadBound { ", over storage" } else { "" };
-    format!("{}{sparse}{stored}", way.describe())
+    let met = match way.exchange {
+        Exchange::Ring => ", around a ring",
+        Exchange::UploadBound => ", over storage",
+        // The way itself says so.
+        Exchange::Mesh | Exchange::Sharded => "",
+    };
+    format!("{}{sparse}{met}", way.describe())
 }
 
 /// Speed, time, energy, money, carbon in one line.
