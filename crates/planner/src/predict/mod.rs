@@ -448,7 +448,7 @@ fn layout(cells: &Cells<'_>, shape: &Transformer, precision: Precision, compiled
         recompute,
         stack,
         overlap,
-        eager: zero == 3 && precision != Precision::Fp8 && !compiled,
+        eager: default_eager(zero, precision, compiled),
         launch_blocking: false,
         // Both came with the same paper (arXiv 2205.05198).
         sequence_parallel: tp > 1.0 && (stack == Stack::Modern || recompute == Recompute::Selective),
@@ -464,6 +464,11 @@ pub fn default_interleave(layers: f64, pp: f64, stack: Stack) -> f64 {
     let stage = (layers / pp).ceil();
     let is_even = |chunks: &f64| stage % chunks == 0.0 && stage / chunks >= CHUNK_LAYERS_MIN;
     (1..=INTERLEAVE_MAX).rev().map(f64::from).find(is_even).unwrap_or(1.0)
+}
+
+/// Whether modules are plain: those that full sharding wraps are, unless FP8 or a TPU's compiler fuses them.
+pub fn default_eager(zero: u8, precision: Precision, compiled: bool) -> bool {
+    zero == 3 && precision != Precision::Fp8 && !compiled
 }
 
 /// What software of this kind hides: nothing in 2020 to 2022, but for the gathers of fully sharded parameters; later the gradients as well. FP8 is the

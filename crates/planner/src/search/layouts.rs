@@ -9,13 +9,13 @@
 //! they only add layouts or make a and b smaller; all of the search rests on it.
 
 use super::{PlanError, SiteSpec, Task};
-use crate::catalogue::Device;
+use crate::catalogue::{Device, Family};
 use crate::model::constants::FITTED;
 use crate::model::layout::{Layout, Overlap, Recompute, Stack};
 use crate::model::memory::memory;
 use crate::model::rates::Rates;
 use crate::model::{Case, ModelError, Prediction, USABLE_MEMORY};
-use crate::predict::{default_interleave, default_overlap};
+use crate::predict::{default_eager, default_interleave, default_overlap};
 use crate::units::{Bytes, Seconds};
 
 /// Micro-batches that are tried.
@@ -358,12 +358,13 @@ fn base() -> Layout {
 /// Micro-batch, sharding and expert parallelism of one set of degrees; as many micro-batches as stages.
 fn push_variants(task: &Task, site: &SiteSpec<'_>, layout: Layout, all: &mut Vec<Layout>) {
     let batch = f64::from(task.global_batch);
+    let compiled = site.groups.iter().any(|group| group.device.family == Family::Tpu);
     for micro_batch in MICRO_BATCHES.iter().copied().filter(|micro_batch| micro_batch * layout.dp <= batch) {
         let global_batch = layout.dp * micro_batch * layout.pp;
         for zero in if layout.pp > 1.0 { &[1_u8][..] } else { &[1, 3][..] } {
             let overlap = default_overlap(layout.stack, site.precision, *zero);
             for ep in expert_groups(task.shape.experts, layout.dp) {
-                let eager = *zero == 3;
+                let eager = default_eager(*zero, site.precision, compiled);
                 all.push(Layout { micro_batch, global_batch, zero: *zero, ep, eager, overlap, ..layout });
             }
         }
