@@ -29,7 +29,7 @@ device = "H20"
 devices = 512
 "#;
 
-const FLEET: &str = "simulate --plan cluster.toml --model llama-3-8b --batch 1024 --days 2 --device-hours 5000";
+const FLEET: &str = "simulate --plan cluster.toml --model llama-3-8b --batch 1024 --days 0.5 --device-hours 1500";
 
 struct Place(TempDir);
 
@@ -68,7 +68,7 @@ fn a_fleet_says_what_became_of_its_time() {
     let place = Place::new();
     let fleet = place.object(&format!("{FLEET} --seed 7"));
     let number = |key: &str| fleet[key].as_f64().unwrap();
-    assert_eq!((fleet["seed"].as_u64(), number("days")), (Some(7), 2.0));
+    assert_eq!((fleet["seed"].as_u64(), number("days")), (Some(7), 0.5));
     assert!(number("goodput") > 0.3 && number("goodput") < 1.0 && number("committed_of_capacity") < 1.0, "{fleet}");
     assert!(fleet["sites"].as_array().unwrap().iter().all(|site| site["replicas"].as_f64().unwrap() > 1.0));
     assert_eq!(fleet["rates"]["on_failure"], "replica");
