@@ -190,12 +190,12 @@ impl Reduction {
         if is_over {
             let reducers: Vec<SiteId> = self.reducers.iter().copied().collect();
             let common = self.slices.held_by_all(&reducers);
-            return match common.len() >= enough {
-                true => Next::Reduce(common),
-                false => Next::Late(self.without_slices()),
-            };
+            if common.len() >= enough {
+                return Next::Reduce(common);
+            }
         }
-        match are_all && self.is_late(through, now, reducer_seconds) {
+        // Where most reducers lack slices the links are what is slow, and a mesh would take them longer still.
+        match (are_all || is_over) && self.is_late(through, now, reducer_seconds) {
             true => Next::Late(self.without_slices()),
             false => Next::Wait,
         }
@@ -274,7 +274,10 @@ mod tests {
         let patience = Patience { enough: 2, is_over: true, ..PATIENCE };
         assert_eq!(reduction.next(true, 0.0, patience), Next::Reduce(ids(&[0, 1])));
         let patience = Patience { enough: 3, ..patience };
-        assert_eq!(reduction.next(true, 0.0, patience), Next::Late(ids(&[0, 1])));
+        assert_eq!(reduction.next(true, 0.0, patience), Next::Wait, "two of three lack slices: so slow are the links");
+        hold(&mut reduction, &[(0, 2)]);
+        assert_eq!(reduction.next(true, 10.0, patience), Next::Wait);
+        assert_eq!(reduction.next(true, 21.0, patience), Next::Late(ids(&[1])));
     }
 
     #[test]
