@@ -1,7 +1,7 @@
 //! `cargo xtask bench check`: what `beringia plan --check` says of labs that differ in sites, links, codecs and H.
 //!
 //! Each is a lab of real processes over links that the lab makes; its folder is then checked. Predicted is from the speed that each site measured before the
-//! first round, run.toml and the links; nothing that happened later goes in. It fails where the median is off by more than the bounds allow a
+//! first round, run.toml and the links; nothing that happened later goes in. It fails where the median is off by more than is wanted of a
 //! single one: single labs depend on what else the machine does, all of them together on the model.
 
 use crate::runs::{Failure, Programs, json_of, median};

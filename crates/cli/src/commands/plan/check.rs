@@ -6,7 +6,8 @@
 //! of inner steps on as many tokens.
 //! Measured from the first plan of a round to the last commit; bytes as the receivers counted them.
 
-use crate::commands::lab::{self, wan::Links as LabLinks};
+use crate::commands::lab::LINKS_FILE;
+use crate::commands::lab::wan::{LINKS_FILE_BYTES_MAX, Links as LabLinks};
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::texts;
@@ -30,9 +31,6 @@ const LOOPBACK: FleetLink = FleetLink { bytes_per_second: 1e15, round_trip_secon
 
 /// Longer than any run: the simulation ends with its last round.
 const SECONDS_MAX: f64 = 1e7;
-
-/// Longest file of a lab's links: 16 sites have 272 directions of 60 bytes.
-const LINKS_BYTES_MAX: u64 = 1 << 20;
 
 /// A site as it was before the first round.
 #[derive(Debug, Clone, Default)]
@@ -97,7 +95,7 @@ pub(super) fn run(folder: &Path, links: Option<&Links>, output: &Output) -> Resu
 }
 
 fn lab_links(run: &RunFolder, measured: &Measured) -> Result<Way<'static>, Failure> {
-    let path = run.root().join(lab::LINKS_FILE);
+    let path = run.root().join(LINKS_FILE);
     if !path.exists() {
         return Ok(Way::Free);
     }
@@ -106,7 +104,7 @@ fn lab_links(run: &RunFolder, measured: &Measured) -> Result<Way<'static>, Failu
         let hint = "remove it, and name the links with --cluster";
         Failure::new(format!("{}: {problem}", path.display()), hint)
     };
-    LabLinks::from_toml(&texts::read(&path, LINKS_BYTES_MAX)?, &names).map(Way::Lab).map_err(failed)
+    LabLinks::from_toml(&texts::read(&path, LINKS_FILE_BYTES_MAX)?, &names).map(Way::Lab).map_err(failed)
 }
 
 impl Measured {

@@ -31,7 +31,7 @@ pub(super) const COORDINATOR: &str = matrix::COORDINATOR;
 const LINK_HINT: &str = "try `--link 20Mbit/s,50ms,0.1%`, or a file as docs/lab-links.md shows it";
 
 /// Longest file of links that is read: 16 sites have 272 directions of 60 bytes.
-const LINKS_FILE_BYTES_MAX: u64 = 1 << 20;
+pub(crate) const LINKS_FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// The argument of `--link`: a link, or a file of them.
 pub(super) fn read_links(argument: &str, sites: &[String]) -> Result<Links, Failure> {
